@@ -1,0 +1,175 @@
+"""Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mla_lm.attention.cache import LayerCache
+from mla_lm.attention.fused import causal_attention
+from mla_lm.attention.rope import RotaryEmbedding, rotate
+from mla_lm.attention.sizes import check_positive
+from mla_lm.errors import UserError
+
+
+@dataclass
+class MLAConfig:
+    """Sizes of one MLA layer; the paper's symbols in brackets.
+
+    `q_compressed_dim=None` projects queries straight from the input. `nope_dim` and `value_dim` default to
+    `d_model // num_heads`. Where nope_dim + rope_dim == value_dim, fused attention needs no padding.
+
+    Raises:
+        UserError (a ValueError): sizes that cannot be.
+    """
+
+    d_model: int  # [d]
+    num_heads: int  # [n_h]
+    kv_compressed_dim: int  # [d_c]: the latent that is cached in place of keys and values
+    q_compressed_dim: int | None  # [d_c']
+    rope_dim: int  # [d_h^R]: the part of each head that carries position, its key shared by all heads
+    seq_len: int  # longest sequence, in tokens
+    dropout: float = 0.0  # of the layer's output; the weights of attention are never dropped
+    use_bias: bool = False
+    nope_dim: int | None = None  # [d_h]: the part of each query and key head without position
+    value_dim: int | None = None  # [d_h]
+    rope_base: float = 10000.0
+
+    def __post_init__(self):
+        check_positive(self, "d_model", "num_heads", "kv_compressed_dim", "q_compressed_dim", "rope_dim", "seq_len")
+        check_positive(self, "nope_dim", "value_dim")
+        if self.d_model % self.num_heads:
+            raise UserError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}")
+        if self.rope_dim % 2:
+            raise UserError(f"rope_dim={self.rope_dim} must be even: rotation works on pairs")
+        if self.nope_dim is None:
+            self.nope_dim = self.d_model // self.num_heads
+        if self.value_dim is None:
+            self.value_dim = self.d_model // self.num_heads
+
+
+class LatentNorm(nn.RMSNorm):
+    """RMSNorm in the precision of its weight: a bf16 latent beside an fp32 weight (autocast) is off the fused kernel.
+
+    The paper puts it after both compressions (section 3.1.2).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class MLA(nn.Module):
+    """Causal self-attention whose cache is one latent per token.
+
+    Keys and values are up-projections of the cached latent. Training and prefill compute them (the decompressed
+    path). A short query over a long cache instead moves the up-projections to the query and the output (the absorbed
+    path), so that attention runs on the latents themselves. Both give the same result.
+    """
+
+    def __init__(self, config: MLAConfig):
+        super().__init__()
+        self.config = c = config
+        self.qk_dim = c.nope_dim + c.rope_dim
+        self.scale = self.qk_dim**-0.5
+        if c.q_compressed_dim is None:
+            self.q_proj = nn.Linear(c.d_model, c.num_heads * self.qk_dim, bias=c.use_bias)
+        else:
+            self.q_down = nn.Linear(c.d_model, c.q_compressed_dim, bias=c.use_bias)  # W^DQ, eq. 12
+            self.q_norm = LatentNorm(c.q_compressed_dim, eps=1e-6)
+            self.q_up = nn.Linear(c.q_compressed_dim, c.num_heads * self.qk_dim, bias=c.use_bias)  # W^UQ, W^QR
+        self.kv_down = nn.Linear(c.d_model, c.kv_compressed_dim + c.rope_dim, bias=c.use_bias)  # W^DKV, W^KR
+        self.kv_norm = LatentNorm(c.kv_compressed_dim, eps=1e-6)
+        # W^UK and W^UV never have a bias: in a key, it adds the same to all scores of a query, which softmax cancels;
+        # in a value, it adds a constant to the output, which out_proj's bias already does.
+        self.kv_up = nn.Linear(c.kv_compressed_dim, c.num_heads * (c.nope_dim + c.value_dim), bias=False)
+        self.out_proj = nn.Linear(c.num_heads * c.value_dim, c.d_model, bias=c.use_bias)  # W^O, eq. 19
+        self.rope = RotaryEmbedding(c.rope_dim, c.seq_len, c.rope_base)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Attend causally over x, or over the cache and x, which is appended to it.
+
+        Args:
+            x: (B, T, d_model)
+            cache: what `new_cache` made
+
+        Returns:
+            (B, T, d_model)
+
+        Raises:
+            ValueError: more tokens than `seq_len`, or than the cache has room for.
+        """
+        c = self.config
+        B, T, _ = x.shape
+        cos, sin = self.rope(0 if cache is None else cache.length, T)
+
+        q = self.q_proj(x) if c.q_compressed_dim is None else self.q_up(self.q_norm(self.q_down(x)))
+        q_nope, q_rope = q.view(B, T, c.num_heads, self.qk_dim).split((c.nope_dim, c.rope_dim), dim=-1)
+        q_rope = rotate(q_rope, cos, sin)
+        latent, k_rope = self.kv_down(x).split((c.kv_compressed_dim, c.rope_dim), dim=-1)
+        latent = self.kv_norm(latent)
+        k_rope = rotate(k_rope.unsqueeze(2), cos, sin)  # (B, T, 1, rope_dim): shared by all heads
+
+        if cache is None:
+            out = self._decompressed(q_nope, q_rope, latent, k_rope)
+        else:
+            entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1)  # (B, T, kv_compressed_dim + rope_dim)
+            (entries,) = cache.append(entry.unsqueeze(1))
+            entries = entries.squeeze(1).to(q.dtype)  # (B, S, kv_compressed_dim + rope_dim)
+            if self.absorbing_is_cheaper(T, cache.length):
+                out = self._absorbed(q_nope, q_rope, entries)
+            else:
+                latent, k_rope = entries.split((c.kv_compressed_dim, c.rope_dim), dim=-1)
+                out = self._decompressed(q_nope, q_rope, latent, k_rope.unsqueeze(2))
+        return self.dropout(self.out_proj(out))
+
+    def _decompressed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        """Attention on keys and values computed from the latents (eqs. 9 to 19).
+
+        Shapes: q_nope (B, T, H, nope_dim), q_rope (B, T, H, rope_dim), latent (B, S, kv_compressed_dim),
+        k_rope (B, S, 1, rope_dim), result (B, T, H * value_dim).
+        """
+        c = self.config
+        kv = self.kv_up(latent).unflatten(-1, (c.num_heads, c.nope_dim + c.value_dim))
+        k_nope, v = kv.split((c.nope_dim, c.value_dim), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        k = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, -1, c.num_heads, -1)), dim=-1)
+        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
+        return out.transpose(1, 2).flatten(2)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
+        """Attention on the cached latents themselves, as multi-query attention with one wide key (appendix C).
+
+        q_nope . (W^UK c) = (W^UK^T q_nope) . c, and sum_s p_s W^UV c_s = W^UV sum_s p_s c_s: no key and no value of
+        a past token is ever computed.
+
+        Shapes: q_nope (B, T, H, nope_dim), q_rope (B, T, H, rope_dim), entries (B, S, kv_compressed_dim + rope_dim),
+        result (B, T, H * value_dim).
+        """
+        c = self.config
+        up = self.kv_up.weight.to(q_nope.dtype).unflatten(0, (c.num_heads, c.nope_dim + c.value_dim))
+        w_uk, w_uv = up.split((c.nope_dim, c.value_dim), dim=1)  # (H, nope_dim | value_dim, kv_compressed_dim)
+        q = torch.cat((torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1)
+        key = entries.unsqueeze(1)  # (B, 1, S, kv_compressed_dim + rope_dim)
+        # The values are the latents. Passing the rope part along and dropping it afterwards keeps the kernel fused.
+        out = causal_attention(q, key, key, self.scale)[..., : c.kv_compressed_dim]  # (B, H, T, kv_compressed_dim)
+        return torch.einsum("bhtc,hvc->bthv", out, w_uv).flatten(2)
+
+    def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
+        """Which path needs fewer multiply-adds for `queries` new tokens over `keys` cached ones, per head.
+
+        Decompressing costs keys * d_c * d for the up-projection, d = nope_dim + value_dim, and
+        queries * keys * (d + rope_dim) for attention; absorbing queries * d_c * d for moving the up-projections to
+        the queries, and queries * keys * (2 d_c + rope_dim) for attention.
+        """
+        r, d, rope = self.config.kv_compressed_dim, self.config.nope_dim + self.config.value_dim, self.config.rope_dim
+        absorbed = queries * r * d + queries * keys * (2 * r + rope)
+        return absorbed < keys * r * d + queries * keys * (d + rope)
+
+    def new_cache(
+        self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> LayerCache:
+        """An empty cache for `max_len` tokens; dtype and device are the weights' unless given."""
+        weight = self.kv_up.weight
+        width = self.config.kv_compressed_dim + self.config.rope_dim
+        return LayerCache(batch_size, max_len, [(1, width)], dtype or weight.dtype, device or weight.device)

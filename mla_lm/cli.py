@@ -1,0 +1,89 @@
+"""The one place that turns a user's mistake into one message and exit status 2."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import NoReturn, get_args
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from mla_lm.errors import Interrupted, TrainingFailed, UserError
+
+MOST_LINES, LONGEST_LINE = 3, 1000
+# What the operating system says of a path that a user named.
+PATH_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, FileNotFoundError)
+
+
+def run(main: Callable[[], object], schema: type | None = None) -> NoReturn:
+    """Call `main` and end the process: status 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n.
+
+    Args:
+        main: the program
+        schema: dataclass of the configuration's keys, for a Hydra program: an unknown key is answered with the
+            nearest one it has
+    """
+    try:
+        main()
+    except (UserError, TrainingFailed, HydraException, OmegaConfBaseException, *PATH_ERRORS) as error:
+        sys.exit(report(error, schema))
+    except Interrupted as stop:
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(0)
+
+
+def report(error: Exception, schema: type | None = None) -> int:
+    """Print what went wrong on stderr, in at most three lines, and return the exit status it calls for."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        message = explain_hydra(error, schema)
+    elif isinstance(error, PATH_ERRORS) and error.filename is not None:
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        message = str(error)
+    sys.stdout.flush()  # what came before stands before
+    for line in [line for line in message.splitlines() if line.strip()][:MOST_LINES]:
+        print(("" if line.startswith(" ") else "error: ") + line[:LONGEST_LINE], file=sys.stderr)
+    return 1 if isinstance(error, TrainingFailed) else 2
+
+
+def explain_hydra(error: Exception, schema: type | None = None) -> str:
+    """Hydra's and OmegaConf's complaints about a command line, shortened, with the nearest valid key."""
+    text, cause = str(error), error.__cause__
+    if isinstance(error, MissingConfigException):
+        names = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        group = re.search(r"Could not find '(.+)/(.+)'", text)
+        if group:
+            return f"unknown {group[1]}={group[2]}{_nearest(group[2], names)}\n  one of: {', '.join(names)}"
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        key = re.search(r"Could not override '([^']+)'", text)
+        if key:
+            return f"unknown key {key[1]}{_nearest(key[1], key_names(schema) if schema else [])}"
+    if isinstance(cause, OmegaConfBaseException):
+        override = re.search(r"Error merging override (\S+)", text)
+        return f"{override[1] if override else text.splitlines()[0]}: {str(cause).splitlines()[0]}"
+    return text.splitlines()[0]
+
+
+def key_names(schema: type, prefix: str = "") -> list[str]:
+    """Dotted names of all keys of a dataclass of dataclasses."""
+    names = []
+    for field in fields(schema):
+        names.append(prefix + field.name)
+        kinds = [kind for kind in (field.type, *get_args(field.type)) if is_dataclass(kind)]
+        for kind in kinds:
+            names += key_names(kind, f"{prefix}{field.name}.")
+    return names
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    # A key in the wrong place, such as max_steps for trainer.max_steps, is nearer than one that is spelled alike.
+    same_end = [candidate for candidate in names if candidate.split(".")[-1] == name.split(".")[-1]]
+    nearest = same_end or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""

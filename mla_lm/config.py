@@ -1,0 +1,199 @@
+"""The configuration of a training run: every key, its type, and what must hold between keys."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+
+from hydra.core.config_store import ConfigStore
+
+from mla_lm.data.config import DataConfig
+from mla_lm.errors import UserError
+from mla_lm.optim import OptimizerConfig
+from mla_lm.schedule import ScheduleConfig
+from mla_lm.transformer import TransformerConfig
+
+PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true")
+ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+PROFILERS = (None, "simple", "advanced")
+LOGGERS = ("wandb", "tensorboard", "none")
+
+
+@dataclass
+class TrainerConfig:
+    """How long and on what; the names are those of lightning.Trainer."""
+
+    max_steps: int = 450  # optimizer steps
+    accelerator: str = "auto"  # auto | cpu | gpu | mps
+    devices: int = 1
+    num_nodes: int = 1
+    precision: str = "auto"  # auto | bf16-mixed | 16-mixed | 32-true
+    profiler: str | None = None  # simple | advanced
+    overfit_batches: int = 0  # train on the first so many steps' batches only, again and again
+
+
+@dataclass
+class CheckpointConfig:
+    every_n_steps: int = 100
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    kind: str = "wandb"  # wandb | tensorboard | none
+    project: str = "mla-lm"
+    group: str | None = None
+    name: str | None = None
+
+
+@dataclass
+class SamplesConfig:
+    """Continuations of data.prompts, shown at each validation."""
+
+    max_tokens: int = 64  # 0: none are made
+    temperature: float = 0.8
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train.py` reads; the groups of conf/ fill it."""
+
+    seed: int = 1
+    compile: bool | None = None  # None: where it pays within the run
+    ckpt_path: str | None = None  # a run folder, or a checkpoint in one: go on with that run
+    init_from: str | None = None  # a run folder: begin a new run with its weights and tokenizer
+    tokens_per_step: int = 8192  # over all devices and accumulated micro-batches
+    micro_batch_tokens: int = 8192  # at most this many go through a device at once; accumulation follows
+    val_every_n_steps: int = 100
+    log_every_n_steps: int = 10
+    tags: list[str] = field(default_factory=list)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Windows of model.seq_len tokens in one optimizer step, over all devices."""
+        return self.tokens_per_step // self.model.seq_len
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.devices * self.trainer.num_nodes
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Windows that go through one device at once: the largest divisor of its share that the cap allows."""
+        share = self.sequences_per_step // self.world_size
+        most = max(1, self.micro_batch_tokens // self.model.seq_len)
+        return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one device in one optimizer step."""
+        return self.sequences_per_step // self.world_size // self.micro_batch_size
+
+    def check(self) -> None:
+        """What must hold within and between the keys, before anything is built or written.
+
+        Raises:
+            UserError: naming the key and what would be right.
+        """
+        self.model.layer_config()
+        self.data.check()
+        self.optimizer.check()
+        self.schedule.check()
+        counts = {
+            "trainer.max_steps": self.trainer.max_steps,
+            "trainer.devices": self.trainer.devices,
+            "trainer.num_nodes": self.trainer.num_nodes,
+            "val_every_n_steps": self.val_every_n_steps,
+            "log_every_n_steps": self.log_every_n_steps,
+            "checkpoint.every_n_steps": self.checkpoint.every_n_steps,
+            "micro_batch_tokens": self.micro_batch_tokens,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        unit = self.model.seq_len * self.world_size
+        if self.tokens_per_step < unit or self.tokens_per_step % unit:
+            raise UserError(
+                f"tokens_per_step={self.tokens_per_step} must be a multiple of model.seq_len x devices = {unit}"
+            )
+        for name, value, choices in (
+            ("trainer.precision", self.trainer.precision, PRECISIONS),
+            ("trainer.accelerator", self.trainer.accelerator, ACCELERATORS),
+            ("trainer.profiler", self.trainer.profiler, PROFILERS),
+            ("logger.kind", self.logger.kind, LOGGERS),
+        ):
+            if value not in choices:
+                raise UserError(f"{name}={value} is unknown: one of {', '.join(map(str, choices))}")
+        if self.samples.max_tokens < 0 or self.samples.temperature < 0:
+            raise UserError("samples.max_tokens and samples.temperature must be at least 0")
+        if self.ckpt_path and self.init_from:
+            raise UserError("ckpt_path goes on with a run, init_from begins a new one: give one of them")
+
+
+# Keys that say where, on what and how visibly a run goes, but not what it computes.
+INCIDENTAL = (
+    "ckpt_path",
+    "compile",
+    "micro_batch_tokens",
+    "val_every_n_steps",
+    "log_every_n_steps",
+    "tags",
+    "checkpoint",
+    "samples",
+    "trainer",
+    "logger",
+    "data.cache_dir",
+    "data.num_workers",
+    "data.prompts",
+)
+
+
+def is_incidental(key: str) -> bool:
+    """Whether a dotted key changes nothing of what a run means."""
+    return any(key == name or key.startswith(name + ".") for name in INCIDENTAL)
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} as {"a.b": 1}; lists stay whole."""
+    flat = {}
+    for name, value in config.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def config_hash(config: TrainConfig) -> str:
+    """Hex hash of what decides the result: the resolved config less paths, logging and hardware."""
+    paths = ("init_from", "data.files", "data.tokenizer.file")
+    kept = {k: v for k, v in flatten(asdict(config)).items() if not is_incidental(k) and k not in paths}
+    kept["trainer.max_steps"] = config.trainer.max_steps
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_paths_absolute(config: TrainConfig) -> None:
+    """So that a run can be resumed from any working directory."""
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path))
+
+    data = config.data
+    if isinstance(data.files, str):
+        data.files = absolute(data.files)
+    elif data.files:
+        data.files = [absolute(path) for path in data.files]
+    data.cache_dir = absolute(data.cache_dir)
+    if data.tokenizer.file:
+        data.tokenizer.file = absolute(data.tokenizer.file)
+
+
+def register_schema() -> None:
+    """Give Hydra the types: a wrong type or an unknown key is refused while the config is composed."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)

@@ -1,0 +1,66 @@
+"""The data of a run as Lightning wants it."""
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from mla_lm.config import TrainConfig
+from mla_lm.data.store import TokenStore
+from mla_lm.data.windows import EvaluationWindows, StepBatchSampler, Windows
+
+
+class TextDataModule(L.LightningDataModule):
+    """Batches of windows, int64 (B, model.seq_len + 1).
+
+    A training batch is what one device contributes to one whole optimizer step, so one batch is one step, and B is
+    config.sequences_per_step // world size; in evaluation B is at most config.micro_batch_size. Every rank takes its
+    share here: the trainer needs `use_distributed_sampler=False`.
+
+    Set `start_step` before `fit` to go on with a run: its batches begin with those of that step.
+
+    Raises:
+        UserError: a split is too short for model.seq_len.
+    """
+
+    def __init__(self, config: TrainConfig, store: TokenStore):
+        super().__init__()
+        seq_len = config.model.seq_len
+        self.config, self.store = config, store
+        self.start_step = 0
+        self.train_windows = Windows(store.tokens("train"), seq_len)
+        self.val_windows = EvaluationWindows(store.tokens("validation"), seq_len, config.data.val_tokens)
+        self.test_windows = EvaluationWindows(store.tokens("test"), seq_len, split="test")
+
+    def train_dataloader(self) -> DataLoader:
+        config = self.config
+        sampler = StepBatchSampler(
+            len(self.train_windows),
+            config.sequences_per_step,
+            config.trainer.max_steps,
+            config.seed,
+            self.start_step,
+            self.rank,
+            self.world_size,
+        )
+        return self._loader(self.train_windows, batch_sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation_loader(self.val_windows)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation_loader(self.test_windows)
+
+    def _evaluation_loader(self, windows: EvaluationWindows) -> DataLoader:
+        share = Subset(windows, range(self.rank, len(windows), self.world_size))  # no window twice, whatever the world
+        return self._loader(share, batch_size=self.config.micro_batch_size)
+
+    def _loader(self, windows: Dataset, **batches: object) -> DataLoader:
+        on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return DataLoader(windows, num_workers=self.config.data.num_workers, pin_memory=on_cuda, **batches)
+
+    @property
+    def rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1

@@ -1,0 +1,53 @@
+"""Content hashes of files, remembered by size and modification time so that a large corpus is read once."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import xxhash
+
+from mla_lm.errors import UserError
+
+
+def hash_text(*parts: str) -> str:
+    """Hex xxh3_128 of a list of strings."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+
+def hash_file(path: Path) -> str:
+    """Hex xxh3_128 of a file's bytes, read piecewise."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def content_hashes(paths: list[Path], memory: Path) -> list[str]:
+    """`hash_file` of every path; `memory` is a JSON file that keeps the hashes of files that have not changed since.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    try:
+        known = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    hashes, news = [], {}
+    for path in paths:
+        try:
+            status = path.stat()
+            seen = known.get(str(path))
+            if seen is None or seen[:2] != [status.st_size, status.st_mtime_ns]:
+                seen = news[str(path)] = [status.st_size, status.st_mtime_ns, hash_file(path)]
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        hashes.append(seen[2])
+    if news:
+        with contextlib.suppress(OSError):  # not remembered: the next start is slower, nothing else
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            draft = memory.with_name(f"{memory.name}.{os.getpid()}")
+            draft.write_text(json.dumps(known | news))
+            os.replace(draft, memory)
+    return hashes

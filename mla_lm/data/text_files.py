@@ -1,0 +1,107 @@
+"""Reads one file of a user's as documents: plain text in pieces; JSON and Parquet row by row through `datasets`."""
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from mla_lm.errors import UserError
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+NOT_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".pdf", ".docx", ".bin", ".npy")
+PIECE = 2**18  # characters of a plain text file read at once, up to the next line end
+
+
+def check_format(path: Path) -> None:
+    """Raise `UserError` when a file's name says that it cannot be read."""
+    if _suffix(path) in NOT_TEXT or path.name.endswith(".parquet.gz"):
+        raise UserError(
+            f"{path} is of an unknown format: data.files takes plain text, .jsonl, .json (also .gz) and .parquet"
+        )
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file is one document of plain text, not rows with columns."""
+    return _suffix(path) not in BUILDERS
+
+
+def read_file(path: Path, column: str) -> Iterator[tuple[str, bool]]:
+    """Pieces of the documents in a file: (text, whether its document ends with it); texts are never empty.
+
+    Raises:
+        UserError: not UTF-8, not valid JSON or Parquet, no such column, or a column that is not text.
+    """
+    return read_plain(path) if is_plain(path) else ((text, True) for text in _read_rows(path, column))
+
+
+def read_plain(path: Path) -> Iterator[tuple[str, bool]]:
+    """Pieces of a plain text file, as `read_file`; line ends become \\n, a byte order mark is dropped."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
+            piece = _next_piece(file)
+            while piece:
+                if "\0" in piece:
+                    raise UserError(f"{path} is not text, it has zero bytes: leave it out of data.files")
+                following = _next_piece(file)
+                yield piece, not following
+                piece = following
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{path} is not UTF-8 text (byte 0x{byte:02x}): convert it or leave it out") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _next_piece(file) -> str:
+    return file.read(PIECE) + file.readline(PIECE)
+
+
+def _read_rows(path: Path, column: str) -> Iterator[str]:
+    """Texts of `column`, null and empty ones left out."""
+    for number, row in enumerate(_rows(path), start=1):
+        if column not in row:
+            raise UserError(f"{path} has no column {column}: set data.column to one of {', '.join(row)}")
+        text = row[column]
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"{path}: column {column} is not text but {type(text).__name__} (row {number}): "
+                f"set data.column to a column of text; there are {', '.join(row)}"
+            )
+        if text:
+            yield text
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    import datasets
+    from pyarrow import ArrowException
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised here in better words
+    try:
+        yield from datasets.load_dataset(
+            BUILDERS[_suffix(path)], data_files=glob.escape(str(path)), split="train", streaming=True
+        )
+    except (ArrowException, ValueError, TypeError, OSError, EOFError, zlib.error) as error:
+        kind = "JSON" if BUILDERS[_suffix(path)] == "json" else "Parquet"
+        where = _first_bad_line(path) if ".jsonl" in path.suffixes else f"{error}".splitlines()[0]
+        raise UserError(f"{path} is not valid {kind}: {where}") from error
+
+
+def _first_bad_line(path: Path) -> str:
+    """Where a .jsonl file stops being one: the reader counts rows from the start of some block."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    _ = line.isspace() or json.loads(line).keys()
+                except (ValueError, AttributeError):
+                    return f"line {number} is not one JSON object in UTF-8"
+    except (OSError, EOFError, zlib.error) as error:
+        return str(error)
+    return "its rows do not have the same columns and types"
+
+
+def _suffix(path: Path) -> str:
+    """The extension that names the format: .jsonl of a.jsonl.gz."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()

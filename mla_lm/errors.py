@@ -1,0 +1,24 @@
+"""What can end a program other than success or a bug."""
+
+
+class UserError(ValueError):
+    """A user's mistake: its text says what is wrong, where, and what would be right.
+
+    `mla_lm.cli` prints it in at most three lines and exits with status 2. It is a `ValueError`, so that
+    programs which use `MLA` or `Transformer` as a library can catch it without knowing this class.
+    """
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on (the loss is no number any more): its text says what to do; exit status 1."""
+
+
+class Interrupted(BaseException):
+    """A signal ended the run at a step boundary, after its checkpoint was saved; exit status 128 + signal.
+
+    Like KeyboardInterrupt it is no `Exception`: a sweep must not go on with its next job.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum

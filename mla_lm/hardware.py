@@ -1,0 +1,107 @@
+"""What the machine offers: device, precision, whether compiling pays, and how fast its matrix products are."""
+
+import resource
+import shutil
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from mla_lm.errors import UserError
+
+DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
+COMPILE_SECONDS = {"cpu": 50.0, "cuda": 40.0}  # of the training step of a small model, measured; larger ones take more
+UTILIZATION = 0.5  # of the matrix-product peak that an eager step reaches, for estimates only
+
+
+def choose_accelerator(wanted: str) -> tuple[str, str]:
+    """The device type to train on (cpu, cuda or mps), and why.
+
+    Raises:
+        UserError: the wanted one is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        best = next(device for device, is_there in there.items() if is_there)
+        return best, "the best device there is"
+    device = {"gpu": "cuda"}.get(wanted, wanted)
+    if not there[device]:
+        raise UserError(f"trainer.accelerator={wanted}: this machine has none; trainer.accelerator=auto takes what it has")
+    return device, "as asked"
+
+
+def choose_precision(wanted: str, device: str) -> tuple[str, str]:
+    """Lightning's name of the precision to train in, and why.
+
+    Raises:
+        UserError: fp16 on a CPU, where there is no fast fp16.
+    """
+    if wanted == "16-mixed" and device == "cpu":
+        raise UserError("trainer.precision=16-mixed needs a GPU; on a CPU take bf16-mixed or 32-true")
+    if wanted != "auto":
+        return wanted, "as asked"
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "this GPU has bf16 matrix units"
+        return "16-mixed", "this GPU has no bf16; fp16 with loss scaling"
+    if device == "mps":
+        return "bf16-mixed", "Apple GPU"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return "bf16-mixed", "this CPU has bf16 instructions"
+    return "32-true", "this CPU has no bf16 instructions, and emulating them is slower"
+
+
+def choose_compile(wanted: bool | None, device: str, seconds_at_peak: float) -> tuple[bool, str]:
+    """Whether to compile the network, and why.
+
+    Args:
+        seconds_at_peak: what the run's FLOPs take at the rate of a large matrix product
+    """
+    estimated_seconds = seconds_at_peak / UTILIZATION
+    if wanted is not None:
+        return wanted, "as asked"
+    if device not in COMPILE_SECONDS:
+        return False, "not tried on this device"
+    if device == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        return False, "no C++ compiler"
+    cost = COMPILE_SECONDS[device]
+    if estimated_seconds < 5 * cost:
+        return False, f"compiling takes about {cost:.0f} s, the run about {estimated_seconds:.0f} s"
+    return True, f"the run takes about {estimated_seconds / 60:.0f} minutes"
+
+
+def matmul_flops_per_second(device: str, precision: str) -> float:
+    """Rate of a large matrix product in the run's precision: the peak that utilisation is measured against."""
+    size = {"cuda": 8192, "mps": 4096}.get(device, 1024)
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):  # the first warms up
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def inference_autocast(device: str, precision: str) -> AbstractContextManager:
+    """The context to run the network in, outside of Lightning, as it runs within."""
+    if precision == "32-true":
+        return nullcontext()
+    return torch.autocast(device, dtype=DTYPES[precision])
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Peak of the GPU's allocated memory, or the process's peak resident size on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif device == "mps":
+        torch.mps.synchronize()

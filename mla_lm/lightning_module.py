@@ -1,0 +1,118 @@
+"""The Lightning side of training: loss, metrics, optimiser, nothing else."""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from mla_lm.config import TrainConfig
+from mla_lm.loss import IGNORE
+from mla_lm.optim import build_optimizer
+from mla_lm.schedule import lr_factor
+from mla_lm.transformer import Transformer
+
+
+class LanguageModel(L.LightningModule):
+    """A `Transformer` and what it takes to train it.
+
+    A training batch is one optimizer step's share of this device, (B, seq_len + 1) ids: inputs are all but the last,
+    targets all but the first. It is split into micro-batches here, so that a step of the loader, of Lightning and of
+    the optimiser are the same thing, however many devices and micro-batches share it.
+
+    Args:
+        net: the network; in a checkpoint, `state_dict` has its own names
+        config: the run's configuration
+        token_bytes: (vocab_size,) UTF-8 bytes that each token stands for, 0 for special tokens
+        data_fingerprint: kept in checkpoints, so that a run is not resumed on other data
+        fused_optimizer: not with fp16, whose gradients must be unscaled before they are clipped
+    """
+
+    def __init__(
+        self,
+        net: Transformer,
+        config: TrainConfig,
+        token_bytes: Tensor,
+        data_fingerprint: str,
+        fused_optimizer: bool = True,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.net = net
+        self.config = config
+        self.data_fingerprint = data_fingerprint
+        self.fused_optimizer = fused_optimizer
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.loss = torch.zeros(())  # of the last step, over its micro-batches, on this device
+        self.grad_norm = torch.zeros(())
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step that comes next."""
+        return self.config.optimizer.lr * lr_factor(
+            self.global_step, self.config.trainer.max_steps, self.config.schedule
+        )
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        # Dropout is a pure function of (seed, step, rank): a resumed run draws what the first would have drawn.
+        torch.manual_seed((self.config.seed << 40) + (self.global_step << 10) + self.global_rank)
+        optimizer = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr
+        micro_batches = batch.split(self.config.micro_batch_size)
+        self.loss = torch.zeros((), device=self.device)
+        for i, tokens in enumerate(micro_batches, start=1):
+            with nullcontext() if i == len(micro_batches) else self._no_gradient_sync():
+                loss = self.net(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
+                self.manual_backward(loss)
+            self.loss += loss.detach()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _no_gradient_sync(self):
+        """Under DDP, gradients are averaged over devices once a step, not once a micro-batch."""
+        ddp = self.trainer.strategy.model
+        return ddp.no_sync() if hasattr(ddp, "no_sync") else nullcontext()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        clip = self.config.optimizer.gradient_clip or math.inf
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), clip)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.net, self.config.optimizer, self.fused_optimizer)
+
+    def on_validation_epoch_start(self) -> None:
+        self.totals = torch.zeros(3, dtype=torch.float64)  # nats, predicted tokens, their UTF-8 bytes
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        targets = batch[:, 1:]
+        # .forward: never compiled, which for other shapes and without gradients would cost more than it gains
+        losses = self.net.forward(batch[:, :-1].clamp(min=0), targets, reduction="none")
+        text_bytes = torch.where(targets == IGNORE, 0, self.token_bytes[targets.clamp(min=0)])
+        sums = (losses.sum(-1), (targets != IGNORE).sum(-1), text_bytes.sum(-1))  # by window: fp32 holds these exactly
+        self.totals += torch.stack([s.cpu().double().sum() for s in sums])
+
+    def on_validation_epoch_end(self) -> None:
+        totals = self.trainer.strategy.reduce(self.totals.to(self.device), reduce_op="sum")
+        nats, tokens, text_bytes = totals.tolist()
+        stage = "test" if self.trainer.testing else "val"
+        self.evaluated = {
+            f"{stage}/loss": nats / tokens,
+            f"{stage}/perplexity": math.exp(min(nats / tokens, 700.0)),  # a float ends at exp(709)
+            f"{stage}/bits_per_byte": nats / math.log(2) / text_bytes,
+        }
+
+    on_test_epoch_start, test_step, on_test_epoch_end = (
+        on_validation_epoch_start,
+        validation_step,
+        on_validation_epoch_end,
+    )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.net.state_dict()
+        checkpoint["data_fingerprint"] = self.data_fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"net.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}

@@ -1,0 +1,126 @@
+"""Where metrics go: metrics.jsonl always, wandb or TensorBoard beside it."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from mla_lm.checkpoint import write_atomically
+from mla_lm.config import TrainConfig
+from mla_lm.run import RunFolder
+
+WANDB_PATIENCE = 20  # seconds for the service to answer before the run goes on offline
+
+
+class MetricsFile(Logger):
+    """metrics.jsonl: one JSON object per logging step, the source of truth of what a run measured.
+
+    Args:
+        path: the file; rows of it past `start_step` are cut, those of a run that got further before it was resumed
+        tokens_per_step: for the `tokens` of each row
+        start_step: optimizer steps already done
+        began: `time.monotonic()` when this process began to work on the run
+    """
+
+    name, version = "metrics", ""
+
+    def __init__(self, path: Path, tokens_per_step: int, start_step: int, began: float):
+        super().__init__()
+        self.path, self.tokens_per_step = path, tokens_per_step
+        kept = self._kept_rows(start_step)
+        if rank_zero_only.rank == 0:
+            write_atomically(path, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in kept))
+        self.began = began - (kept[-1]["seconds"] if kept else 0.0)
+
+    def _kept_rows(self, start_step: int) -> list[dict]:
+        if not start_step or not self.path.is_file():
+            return []
+        rows = []
+        for line in self.path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:  # cut short by a kill: nothing whole comes after it
+                break
+            if row["step"] <= start_step:
+                rows.append(row)
+        return rows
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, pauses between a stop and a resume left out."""
+        return time.monotonic() - self.began
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **metrics}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """config.yaml has them."""
+
+
+def build_loggers(config: TrainConfig, run: RunFolder, start_step: int, began: float) -> list[Logger]:
+    """metrics.jsonl first, then the one that `logger=` names."""
+    loggers: list[Logger] = [MetricsFile(run.metrics_file, config.tokens_per_step, start_step, began)]
+    if config.logger.kind == "wandb" and rank_zero_only.rank == 0:
+        loggers.append(_wandb_logger(config, run))
+    elif config.logger.kind == "tensorboard":
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(run.path, name="tensorboard", version=""))
+    return loggers
+
+
+def _wandb_logger(config: TrainConfig, run: RunFolder) -> Logger:
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    run_id = run.wandb_id_file.read_text().strip() if run.wandb_id_file.is_file() else wandb.util.generate_id()
+    write_atomically(run.wandb_id_file, lambda file: file.write(run_id.encode() + b"\n"))
+    settings = {
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(run.path),
+        "project": config.logger.project,
+        "group": config.logger.group,
+        "name": config.logger.name,
+        "tags": config.tags or None,
+    }
+    quiet = wandb.Settings(silent=True, init_timeout=WANDB_PATIENCE)
+    # The mode is handed over here: WandbLogger(offline=True) would set it for the whole process, later jobs included.
+    mode = _wandb_mode()
+    try:
+        experiment = wandb.init(mode=mode, settings=quiet, **settings)
+    except wandb.errors.CommError as error:
+        print(f"wandb does not answer ({str(error).splitlines()[0]}): this run is logged offline")
+        wandb.teardown()
+        experiment = wandb.init(mode="offline", settings=quiet, **settings)
+    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return WandbLogger(experiment=experiment, project=config.logger.project, save_dir=str(run.path))
+
+
+def _wandb_mode() -> str:
+    """What WANDB_MODE says; otherwise online where this user has logged in, offline where not. Never a prompt."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return {"dryrun": "offline"}.get(mode, mode)
+    import requests
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return "online" if os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(host) else "offline"
+
+
+def finish_wandb(loggers: list[Logger]) -> str | None:
+    """Close wandb's run before anything else is printed; return the command that uploads it, if it is offline."""
+    experiments = [logger.experiment for logger in loggers if type(logger).__name__ == "WandbLogger"]
+    for experiment in experiments:
+        offline, folder = experiment.offline, Path(experiment.dir).parent
+        experiment.finish()
+        if offline:
+            return f"wandb sync {folder}"
+    return None

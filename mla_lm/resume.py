@@ -1,0 +1,83 @@
+"""Going on with a run, or beginning one from the weights of another: whose configuration counts."""
+
+from dataclasses import asdict
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from mla_lm.config import TrainConfig, flatten, is_incidental, make_paths_absolute
+from mla_lm.errors import UserError
+from mla_lm.run import RunFolder
+
+GROUPS = ("model", "data", "optimizer", "schedule", "trainer", "logger")
+# Filled in when the run began; as composed, they only say: as it was.
+FILLED_IN = {"model.vocab_size": None, "trainer.precision": "auto", "trainer.accelerator": "auto", "compile": None}
+
+
+def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> TrainConfig:
+    """The run's own configuration, with what the command line names on top.
+
+    Args:
+        composed: what Hydra made of the command line
+        overrides: the command line
+
+    Raises:
+        UserError: an override would change the meaning of the run.
+    """
+    own = run.config()
+    theirs, ours = flatten(asdict(composed)), flatten(asdict(own))
+    changes = {}
+    for key, by_group in _named_keys(overrides, list(theirs)).items():
+        value = theirs[key]
+        if value == ours[key] or key in ("ckpt_path", "init_from") or FILLED_IN.get(key, ...) == value:
+            continue
+        if not is_incidental(key):
+            raise UserError(
+                f"{key}={_text(value)} would change what the run in {run.path} is: it has {key}={_text(ours[key])}.\n"
+                "  Leave it out to resume; init_from=RUN begins a new run from its weights."
+            )
+        if by_group and by_group != "logger":
+            raise UserError(
+                f"{by_group}=... would change {key} from {_text(ours[key])} to {_text(value)}: "
+                f"with ckpt_path, name single keys such as {key}={_text(value)}"
+            )
+        changes[key] = value
+    return _with(own, changes)
+
+
+def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> TrainConfig:
+    """A new run's configuration that takes the model from another run, but for what the command line names."""
+    theirs = flatten(asdict(composed))
+    named = _named_keys(overrides, list(theirs))
+    changes = {key: theirs[key] for key in named if key.startswith("model.")}
+    model = {f"model.{key}": value for key, value in flatten(asdict(run.config().model)).items()}
+    vocab_size = model["model.vocab_size"]
+    return _with(composed, model | changes | {"model.vocab_size": vocab_size})
+
+
+def _named_keys(overrides: list[str], keys: list[str]) -> dict[str, str | None]:
+    """Every key that the command line names, and the group through which it does, None where it does so by name."""
+    named = {}
+    for override in OverridesParser.create().parse_overrides(overrides):
+        name = override.key_or_group
+        if name in ("debug", "experiment", "sweep"):
+            raise UserError(f"{name}=... belongs to a new run: with ckpt_path or init_from, name single keys")
+        if name in GROUPS:
+            named |= {key: name for key in keys if key.startswith(name + ".") and named.get(key, name) is not None}
+        else:
+            named |= {key: None for key in keys if key == name or key.startswith(name + ".")}
+    return named
+
+
+def _with(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
+    merged: DictConfig = OmegaConf.structured(config)
+    for key, value in changes.items():
+        OmegaConf.update(merged, key, value)
+    result = OmegaConf.to_object(merged)
+    make_paths_absolute(result)
+    return result
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)

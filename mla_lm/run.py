@@ -1,0 +1,139 @@
+"""The run folder: what lies where in it, and loading a trained model from it."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tokenizers import Tokenizer
+
+from mla_lm.checkpoint import load_checkpoint, write_atomically
+from mla_lm.config import TrainConfig
+from mla_lm.data.tokenizer import load_tokenizer
+from mla_lm.errors import UserError
+from mla_lm.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "checkpoints" / "best.ckpt"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_file(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def wandb_id_file(self) -> Path:
+        return self.path / "wandb_id"
+
+    def config(self) -> TrainConfig:
+        """The run's configuration.
+
+        Raises:
+            UserError: config.yaml is damaged or of another version.
+        """
+        try:
+            loaded = OmegaConf.load(self.config_file)
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded))
+        except (OmegaConfBaseException, ValueError, OSError) as error:
+            raise UserError(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def write_config(self, config: TrainConfig) -> None:
+        self._write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+    def write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._write_text(self.tokenizer_file, tokenizer.to_str(pretty=True))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write_text(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def is_finished(self) -> bool:
+        """Whether training and testing came to their end."""
+        return self.summary_file.is_file() and json.loads(self.summary_file.read_text())["finished"]
+
+    @staticmethod
+    def _write_text(path: Path, text: str) -> None:
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def find_run(path: str | Path) -> tuple[RunFolder, Path]:
+    """The run that a user names by its folder or by a checkpoint in it, and that checkpoint (last.ckpt of a folder).
+
+    Raises:
+        UserError: there is no run.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a run folder, or a checkpoint in one")
+    run = RunFolder(path if path.is_dir() else path.parent.parent)
+    if not run.config_file.is_file():
+        raise UserError(f"{run.path} is no run folder: it has no config.yaml")
+    return run, run.last if path.is_dir() else path
+
+
+def load_run(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[Transformer, Tokenizer, TrainConfig]:
+    """The model of a run in evaluation mode, its tokenizer, and its configuration.
+
+    Args:
+        path: a run folder (its best checkpoint is taken, the last one where there is no best), or a checkpoint in one
+
+    Raises:
+        UserError: there is no run, or it is damaged.
+    """
+    run, checkpoint = find_run(path)
+    if Path(path).expanduser().is_dir() and run.best.is_file():
+        checkpoint = run.best
+    config = run.config()
+    model = Transformer(config.model)
+    load_weights(model, checkpoint)
+    return model.to(device).eval(), load_tokenizer(run.tokenizer_file), config
+
+
+def load_weights(model: Transformer, checkpoint: Path) -> None:
+    """Load the network's weights.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of another model.
+    """
+    weights = load_checkpoint(checkpoint)["state_dict"]
+    check_fits(model, weights, checkpoint)
+    model.load_state_dict(weights)
+
+
+def check_fits(model: Transformer, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    """Raises UserError where the weights are those of another model, naming the first that differs."""
+    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    there = {name: list(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(here | there):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{checkpoint} holds another model: {name} is {there.get(name, 'missing')} there, "
+                f"{here.get(name, 'missing')} in the model to load it into"
+            )

@@ -1,0 +1,249 @@
+"""One training run from its configuration to its summary."""
+
+import logging
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
+
+from mla_lm.callbacks import CacheMemory, Checkpoints, Metrics, Samples, StopOnSignal, log
+from mla_lm.checkpoint import AtomicCheckpointIO, load_checkpoint
+from mla_lm.config import TrainConfig, config_hash
+from mla_lm.data.datamodule import TextDataModule
+from mla_lm.data.store import TokenStore, open_store
+from mla_lm.data.tokenizer import load_tokenizer, token_bytes, vocabulary_size
+from mla_lm.errors import Interrupted, TrainingFailed, UserError
+from mla_lm.flops import model_size
+from mla_lm.hardware import (
+    DTYPES,
+    choose_accelerator,
+    choose_compile,
+    choose_precision,
+    matmul_flops_per_second,
+    peak_memory_bytes,
+)
+from mla_lm.lightning_module import LanguageModel
+from mla_lm.loggers import build_loggers, finish_wandb
+from mla_lm.progress import progress
+from mla_lm.report import data_lines, end_report, git_commit, size_table
+from mla_lm.run import RunFolder, check_fits, find_run, load_weights
+from mla_lm.transformer import Transformer
+
+say = rank_zero_only(print)
+
+
+def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -> float:
+    """Train, test the best checkpoint, and fill the run folder.
+
+    Args:
+        config: checked; what it leaves open (vocabulary, precision, compile) is filled in here
+        checkpoint: to go on from, in `run`
+
+    Returns:
+        the best validation loss, in nats per token
+
+    Raises:
+        UserError: data, hardware or checkpoint are not what the configuration needs; nothing has been written over.
+        TrainingFailed: the loss is no number any more.
+        Interrupted: by a signal; the run is saved.
+    """
+    began = time.monotonic()
+    state = load_checkpoint(checkpoint) if checkpoint else None
+    device, why = choose_accelerator(config.trainer.accelerator)
+    choices = [f"device      {device} ({why})"]
+    config.trainer.accelerator = "gpu" if device == "cuda" else device
+    config.trainer.precision, why = choose_precision(config.trainer.precision, device)
+    choices.append(f"precision   {config.trainer.precision} ({why})")
+
+    store = _open_data(config, state, checkpoint)
+    config.model.vocab_size = vocabulary_size(store.tokenizer)
+    datamodule = TextDataModule(config, store)
+    peak_flops = matmul_flops_per_second(device, config.trainer.precision) * config.world_size
+    config.compile, why = choose_compile(config.compile, device, _training_flops(config) / peak_flops)
+    choices.append(f"compile     {config.compile} ({why})")
+
+    torch.manual_seed(config.seed)
+    net = Transformer(config.model)
+    if state:
+        check_fits(net, state["state_dict"], checkpoint)
+        datamodule.start_step = _start_step(config, run, state)
+    elif config.init_from:
+        load_weights(net, _best_of(config.init_from))
+
+    if rank_zero_only.rank == 0:
+        run.write_config(config)
+        run.write_tokenizer(store.tokenizer)
+    say(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    say(size_table(config, DTYPES[config.trainer.precision]), "", *data_lines(store), *choices, "", sep="\n")
+    return _Training(config, run, store, net, device, peak_flops, began).run_to_end(datamodule, checkpoint)
+
+
+def _open_data(config: TrainConfig, state: dict[str, Any] | None, checkpoint: Path | None) -> TokenStore:
+    tokenizer = load_tokenizer(find_run(config.init_from)[0].tokenizer_file) if config.init_from else None
+    store = open_store(config.data, tokenizer)
+    if state and state["data_fingerprint"] != store.fingerprint:
+        raise UserError(
+            f"the data have changed since {checkpoint} was written ({store.description}): "
+            "restore them, or begin a new run with init_from"
+        )
+    return store
+
+
+def _training_flops(config: TrainConfig) -> float:
+    return model_size(config.model).flops_per_token * config.tokens_per_step * config.trainer.max_steps
+
+
+def _start_step(config: TrainConfig, run: RunFolder, state: dict[str, Any]) -> int:
+    """Optimizer steps that the checkpoint has behind it; UserError where nothing is left to do."""
+    done, wanted = state["global_step"], config.trainer.max_steps
+    if done > wanted or (done == wanted and run.is_finished()):
+        raise UserError(
+            f"{run.path} already has {done} steps, trainer.max_steps={wanted}: give a larger one to train on"
+        )
+    return done
+
+
+def _best_of(path: str) -> Path:
+    run, checkpoint = find_run(path)
+    return run.best if checkpoint == run.last and run.best.is_file() else checkpoint
+
+
+class _Training:
+    """The parts of a run that is about to begin."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: RunFolder,
+        store: TokenStore,
+        net: Transformer,
+        device: str,
+        peak_flops: float,
+        began: float,
+    ):
+        self.config, self.run, self.store, self.device = config, run, store, device
+        self.size = model_size(config.model)
+        if config.compile:
+            net.compile()
+        precision = config.trainer.precision
+        self.module = LanguageModel(
+            net,
+            config,
+            torch.from_numpy(token_bytes(store.tokenizer)),
+            data_fingerprint=store.fingerprint,
+            fused_optimizer=precision != "16-mixed",
+        )
+        mha_bytes = 2 * config.model.d_model * config.model.num_layers * DTYPES[precision].itemsize
+        self.metrics = Metrics(config, self.size.flops_per_token, peak_flops)
+        self.checkpoints = Checkpoints(run, config, self.metrics)
+        self.cache_memory = CacheMemory(precision, mha_bytes)
+        self.callbacks = [
+            self.metrics,
+            progress(config, self.metrics),
+            self.cache_memory,
+            Samples(config, store.tokenizer, precision),
+            self.checkpoints,
+            StopOnSignal(self.checkpoints, config),
+        ]
+        self.began = began
+
+    def run_to_end(self, datamodule: TextDataModule, checkpoint: Path | None) -> float:
+        """Fit, test, and write the summary; the summary also where training stops early."""
+        loggers = build_loggers(self.config, self.run, datamodule.start_step, self.began)
+        trainer = self._trainer(loggers)
+        tested: dict[str, float] = {}
+        stop: BaseException | None = None
+        try:
+            trainer.fit(self.module, datamodule, ckpt_path=checkpoint, weights_only=True)
+            tested = self._test(trainer, datamodule)
+        except (Interrupted, KeyboardInterrupt, TrainingFailed) as error:
+            stop = error
+        if trainer.is_global_zero:
+            self._report(trainer, loggers, tested)
+        if stop:
+            raise stop
+        return self.checkpoints.best["val/loss"]
+
+    def _trainer(self, loggers: list) -> L.Trainer:
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # tokens are memory-mapped
+        warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # its order is one of the step
+        config = self.config.trainer
+        return L.Trainer(
+            default_root_dir=self.run.path,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy="ddp" if self.config.world_size > 1 else "auto",
+            precision=config.precision,
+            max_steps=config.max_steps,
+            val_check_interval=self.config.val_every_n_steps,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            logger=loggers,
+            callbacks=self.callbacks,
+            plugins=[AtomicCheckpointIO()],
+            profiler=config.profiler,
+            overfit_batches=config.overfit_batches,
+            enable_checkpointing=True,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+    def _test(self, trainer: L.Trainer, datamodule: TextDataModule) -> dict[str, float]:
+        """Test figures of the best checkpoint."""
+        load_weights(self.module.net, self.run.best)
+        trainer.test(self.module, datamodule, verbose=False)
+        log(trainer, self.module.evaluated)
+        return self.module.evaluated
+
+    def _report(self, trainer: L.Trainer, loggers: list, tested: dict[str, float]) -> None:
+        summary = self._summary(trainer, tested, loggers[0].seconds)
+        self.run.write_summary(summary)
+        for logger in loggers:
+            if type(logger).__name__ == "WandbLogger":
+                logger.experiment.summary.update(summary)
+        print(end_report(self.run, summary, finish_wandb(loggers)))
+
+    def _summary(self, trainer: L.Trainer, tested: dict[str, float], total_seconds: float) -> dict[str, Any]:
+        """summary.json; what was not measured is None."""
+        config, best, metrics = self.config, self.checkpoints.best, self.metrics
+        cache = self.cache_memory
+        return {
+            "finished": bool(tested),
+            "attention": self.size.attention,
+            "num_layers": config.model.num_layers,
+            "d_model": config.model.d_model,
+            "num_heads": config.model.num_heads,
+            "parameters": self.size.parameters,
+            "non_embedding_parameters": self.size.non_embedding_parameters,
+            "seq_len": config.model.seq_len,
+            "seed": config.seed,
+            "steps": trainer.global_step,
+            "tokens_seen": trainer.global_step * config.tokens_per_step,
+            "train_loss": metrics.train_loss,
+            **{f"{stage}_{name}": values.get(f"{stage}/{name}")
+               for stage, values in (("val", best), ("test", tested))
+               for name in ("loss", "perplexity", "bits_per_byte")},
+            "kv_cache_elements_per_token_per_layer": self.size.cache_elements_per_token_per_layer,
+            "kv_cache_bytes_per_token": cache.bytes_per_token,
+            "kv_cache_bytes_at_seq_len": cache.bytes_at_seq_len,
+            "kv_cache_vs_mha": cache.vs_mha,
+            "tokens_per_second": metrics.tokens_per_second,
+            "model_flops_utilization": metrics.mfu,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "train_seconds": metrics.train_seconds,
+            "total_seconds": total_seconds,
+            "precision": config.trainer.precision,
+            "accelerator": config.trainer.accelerator,
+            "torch_version": torch.__version__,
+            "git_commit": git_commit(),
+            "data_fingerprint": self.store.fingerprint,
+            "config_hash": config_hash(config),
+        }  # fmt: skip

@@ -1,0 +1,108 @@
+"""Reading a user's files, good and bad."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mla_lm.data.text_files import PIECE, check_format, read_file
+from mla_lm.errors import UserError
+
+ROWS = [{"text": "one", "n": 1}, {"text": "two\nlines ✓", "n": 2}, {"text": None, "n": 3}, {"text": "", "n": 4}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+TEXTS = [("one", True), ("two\nlines ✓", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", LINES),
+        ("a.json", LINES),
+        ("array.json", json.dumps(ROWS).encode()),
+        ("indented.json", json.dumps(ROWS, indent=2).encode()),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("odd [1]*.jsonl", LINES),
+        ("blank.jsonl", LINES.replace(b"\n", b"\n\n")),
+    ],
+)
+def test_json(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert list(read_file(tmp_path / name, "text")) == TEXTS
+
+
+def test_parquet(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert list(read_file(tmp_path / "a.parquet", "text")) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "text"),
+    [
+        ("a.txt", "naïve\n".encode(), "naïve\n"),
+        ("bom.txt", b"\xef\xbb\xbfhello", "hello"),
+        ("dos.txt", b"a\r\nb\rc\n", "a\nb\nc\n"),
+        ("no_extension", b"plain", "plain"),
+        ("a.txt.gz", gzip.compress(b"packed"), "packed"),
+        ("a.md", b"# title\n", "# title\n"),
+    ],
+)
+def test_plain_text(tmp_path, name, data, text):
+    (tmp_path / name).write_bytes(data)
+    assert list(read_file(tmp_path / name, "text")) == [(text, True)]
+
+
+@pytest.mark.parametrize("line", ["x" * 80 + "\n", "x"])  # with line ends and without any
+@pytest.mark.parametrize("pieces", [1, 2.5])
+def test_plain_text_in_pieces(tmp_path, line, pieces):
+    text = line * int(pieces * PIECE / len(line))
+    (tmp_path / "a.txt").write_text(text)
+    found = list(read_file(tmp_path / "a.txt", "text"))
+    assert "".join(piece for piece, _ in found) == text
+    assert [ends for _, ends in found] == [False] * (len(found) - 1) + [True]
+    assert all(0 < len(piece) <= 2 * PIECE for piece, _ in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("latin.txt", "café".encode("latin-1"), ["latin.txt", "not UTF-8", "0xe9"]),
+        ("zeros.txt", b"ab\0c", ["zeros.txt", "not text"]),
+        ("a.txt.gz", b"not packed", ["a.txt.gz", "cannot be read"]),
+        ("cut.txt.gz", gzip.compress(b"packed" * 99)[:-9], ["cut.txt.gz", "cannot be read"]),
+        ("bad.jsonl", LINES + b'{"text": oops}\n', ["bad.jsonl", "not valid JSON", "line 5"]),
+        ("prose.jsonl", b"once upon a time\n", ["prose.jsonl", "not valid JSON", "line 1"]),
+        ("latin.jsonl", '{"text": "é"}'.encode("latin-1"), ["latin.jsonl", "not valid JSON", "line 1"]),
+        ("cut.json", b'[{"text": "a"},', ["cut.json", "not valid JSON"]),
+        ("bad.parquet", b"PAR", ["bad.parquet", "not valid Parquet"]),
+        ("other.jsonl", b'{"body": "a", "id": 1}', ["other.jsonl", "no column text", "data.column", "body, id"]),
+        ("other.json", b'[{"body": "a", "id": 1}]', ["other.json", "no column text", "body, id"]),
+        ("number.jsonl", b'{"text": 1, "body": "a"}', ["number.jsonl", "column text", "not text but int", "body"]),
+        ("list.jsonl", b'{"text": ["a"]}', ["list.jsonl", "not text but list"]),
+        ("mixed.jsonl", b'{"text": "a"}\n{"text": 2}', ["mixed.jsonl", "not text but int", "row 2"]),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, name, data, words):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        list(read_file(tmp_path / name, "text"))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_parquet_column_names_those_there_are(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no column body.*text, n"):
+        list(read_file(tmp_path / "a.parquet", "body"))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.zip", "a.jsonl.zst", "a.parquet.gz", "A.PDF"])
+def test_unknown_formats_are_refused_by_name(tmp_path, name):
+    with pytest.raises(UserError, match="unknown format"):
+        check_format(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.rst", "README", "a.jsonl", "a.json.gz", "A.PARQUET", "a.py"])
+def test_known_formats_are_not(tmp_path, name):
+    check_format(tmp_path / name)

@@ -1,0 +1,97 @@
+"""Train a language model: `python train.py model=mla_small`, then any key=value of conf/.
+
+`python train.py --cfg job` prints every key. This file composes the configuration, decides which run it is for, and
+trains; what it calls is in mla_lm/.
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from mla_lm import cli
+from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
+from mla_lm.errors import TrainingFailed, UserError
+from mla_lm.resume import resumed_config, started_config
+from mla_lm.run import RunFolder, find_run
+
+failed_jobs: list[str] = []  # of a multirun: the folders of those that failed
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def job(composed: DictConfig) -> float | None:
+    """One run. Returns its validation loss, which sweepers minimise; None for a failed job of a multirun."""
+    hydra_config = HydraConfig.get()
+    run = RunFolder(Path(hydra_config.runtime.output_dir))
+    try:
+        return train_run(OmegaConf.to_object(composed), run, list(hydra_config.overrides.task))
+    except Exception as error:
+        if not os.listdir(run.path):
+            run.path.rmdir()  # nothing was begun: leave no empty folder behind
+        if isinstance(error, UserError | TrainingFailed):
+            status = cli.report(error)
+        elif hydra_config.mode == RunMode.MULTIRUN:
+            traceback.print_exc()
+        else:
+            raise
+        if hydra_config.mode != RunMode.MULTIRUN:
+            sys.exit(status)
+        failed_jobs.append(str(run.path))
+        return None
+
+
+def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> float:
+    """Settle which configuration counts, refuse to write over another run, and train."""
+    make_paths_absolute(config)
+    checkpoint = None
+    if config.ckpt_path:
+        run, checkpoint = find_run(config.ckpt_path)
+        config = resumed_config(config, run, overrides)
+    elif run.config_file.exists():
+        raise UserError(
+            f"{run.path} already holds a run: ckpt_path={run.path} goes on with it, "
+            "another hydra.run.dir begins a new one"
+        )
+    elif config.init_from:
+        config = started_config(config, find_run(config.init_from)[0], overrides)
+    config.check()
+    if config.world_size > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise UserError("a multirun trains on one device: start one process for each run with trainer.devices above 1")
+
+    from mla_lm.training import train  # lightning and torch.compile: not needed to refuse a mistake
+
+    return train(config, run, checkpoint)
+
+
+def resume_in_place() -> None:
+    """With ckpt_path=RUN on the command line, make RUN Hydra's run folder."""
+    given = [argument.removeprefix("ckpt_path=") for argument in sys.argv[1:] if argument.startswith("ckpt_path=")]
+    path = given[-1].strip("'\"") if given else ""
+    if path in ("", "null"):
+        return
+    if {"-m", "--multirun"}.intersection(sys.argv):
+        raise UserError("ckpt_path goes on with one run: leave out -m")
+    if any(argument.startswith("hydra.run.dir=") for argument in sys.argv):
+        raise UserError("ckpt_path goes on in the run's own folder: leave out hydra.run.dir")
+    folder = str(find_run(path)[0].path).replace("\\", "\\\\").replace("'", "\\'")
+    sys.argv.append(f"hydra.run.dir='{folder}'")
+
+
+def main() -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which cli.run words, instead of printing them
+    warnings.filterwarnings("ignore", module="hydra")
+    register_schema()
+    resume_in_place()
+    job()
+    if failed_jobs:
+        raise UserError("\n".join([f"{len(failed_jobs)} jobs failed:", *(f"  {path}" for path in failed_jobs)]))
+
+
+if __name__ == "__main__":
+    cli.run(main, TrainConfig)
