@@ -30,6 +30,7 @@ def job(composed: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     run = RunFolder(Path(hydra_config.runtime.output_dir))
     try:
+        cli.check_keys(composed, TrainConfig)
         return train_run(OmegaConf.to_object(composed), run, list(hydra_config.overrides.task))
     except Exception as error:
         if not os.listdir(run.path):
@@ -69,25 +70,31 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     return train(config, run, checkpoint)
 
 
-def resume_in_place() -> None:
-    """With ckpt_path=RUN on the command line, make RUN Hydra's run folder."""
-    given = [argument.removeprefix("ckpt_path=") for argument in sys.argv[1:] if argument.startswith("ckpt_path=")]
-    path = given[-1].strip("'\"") if given else ""
+def resume_in_place(arguments: list[str]) -> list[str]:
+    """The command line with RUN as Hydra's run folder where it says ckpt_path=RUN, whatever signs the path has."""
+    paths = [argument.removeprefix("ckpt_path=") for argument in arguments if argument.startswith("ckpt_path=")]
+    path = paths[-1].strip("'\"") if paths else ""
     if path in ("", "null"):
-        return
-    if {"-m", "--multirun"}.intersection(sys.argv):
+        return arguments
+    if {"-m", "--multirun"}.intersection(arguments):
         raise UserError("ckpt_path goes on with one run: leave out -m")
-    if any(argument.startswith("hydra.run.dir=") for argument in sys.argv):
+    if any(argument.startswith("hydra.run.dir=") for argument in arguments):
         raise UserError("ckpt_path goes on in the run's own folder: leave out hydra.run.dir")
-    folder = str(find_run(path)[0].path).replace("\\", "\\\\").replace("'", "\\'")
-    sys.argv.append(f"hydra.run.dir='{folder}'")
+    rest = [argument for argument in arguments if not argument.startswith("ckpt_path=")]
+    folder = find_run(path)[0].path
+    return [*rest, f"ckpt_path={_quoted(path)}", f"hydra.run.dir={_quoted(folder)}"]
+
+
+def _quoted(path: str | Path) -> str:
+    """As Hydra's grammar wants a string that may hold any sign."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which cli.run words, instead of printing them
     warnings.filterwarnings("ignore", module="hydra")
     register_schema()
-    resume_in_place()
+    sys.argv[1:] = resume_in_place(sys.argv[1:])
     job()
     if failed_jobs:
         raise UserError("\n".join([f"{len(failed_jobs)} jobs failed:", *(f"  {path}" for path in failed_jobs)]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Callback
 from tokenizers import Tokenizer
 
 from mla_lm.config import TrainConfig
@@ -121,7 +121,7 @@ def stop_if_diverged(step: int, loss: float, grad_norm: float) -> None:
         )
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(Callback):
     """last.ckpt every n steps and at the end; best.ckpt at the validation with the lowest loss so far.
 
     Where a save and a validation fall on one step, the validation comes first, so that a resumed run never misses

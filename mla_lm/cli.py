@@ -5,11 +5,13 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
-from typing import NoReturn, get_args
+from typing import NoReturn
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from mla_lm.config import flatten
 from mla_lm.errors import Interrupted, TrainingFailed, UserError
 
 MOST_LINES, LONGEST_LINE = 3, 1000
@@ -71,14 +73,19 @@ def explain_hydra(error: Exception, schema: type | None = None) -> str:
     return text.splitlines()[0]
 
 
+def check_keys(composed: DictConfig, schema: type) -> None:
+    """Raises UserError for a key that `schema` lacks: `+key=value` and files of conf/ can add any to the composition."""
+    known = key_names(schema)
+    for key in flatten(OmegaConf.to_container(composed)):
+        if key not in known:
+            raise UserError(f"unknown key {key}{_nearest(key, known)}")
+
+
 def key_names(schema: type, prefix: str = "") -> list[str]:
-    """Dotted names of all keys of a dataclass of dataclasses."""
+    """Dotted names of all keys of a dataclass of dataclasses, those that hold a value and no further keys."""
     names = []
     for field in fields(schema):
-        names.append(prefix + field.name)
-        kinds = [kind for kind in (field.type, *get_args(field.type)) if is_dataclass(kind)]
-        for kind in kinds:
-            names += key_names(kind, f"{prefix}{field.name}.")
+        names += key_names(field.type, f"{prefix}{field.name}.") if is_dataclass(field.type) else [prefix + field.name]
     return names
 
 

@@ -113,6 +113,8 @@ class LanguageModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.net.state_dict()
         checkpoint["data_fingerprint"] = self.data_fingerprint
+        checkpoint["random_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        torch.set_rng_state(checkpoint["random_state"])
         checkpoint["state_dict"] = {f"net.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def _wandb_logger(config: TrainConfig, run: RunFolder) -> Logger:
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    run_id = run.wandb_id_file.read_text().strip() if run.wandb_id_file.is_file() else wandb.util.generate_id()
+    run_id = run.wandb_id_file.read_text().strip() if run.wandb_id_file.is_file() else secrets.token_hex(4)
     write_atomically(run.wandb_id_file, lambda file: file.write(run_id.encode() + b"\n"))
     settings = {
         "id": run_id,

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # a target that is not predicted
-CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**27}  # logits held at once: on a CPU what its caches hold, on a GPU 0.5 GiB
+CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}  # logits held at once: on a CPU what its caches hold, on a GPU 0.5 GiB
+LEAST_ROWS = 512  # with fewer tokens to a chunk, adding up the weight's gradient takes longer than the products
 
 
 @torch.compiler.disable  # a loop of many chunks: unrolled by the compiler, it costs more than it gains
@@ -83,4 +84,4 @@ def _count(targets: Tensor) -> Tensor:
 
 
 def _rows_per_chunk(x: Tensor, weight: Tensor) -> int:
-    return max(1, CHUNK_LOGITS.get(x.device.type, CHUNK_LOGITS["cuda"]) // len(weight))
+    return max(LEAST_ROWS, CHUNK_LOGITS.get(x.device.type, CHUNK_LOGITS["cuda"]) // len(weight))

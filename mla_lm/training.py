@@ -1,6 +1,7 @@
 """One training run from its configuration to its summary."""
 
 import logging
+import sys
 import time
 import warnings
 from dataclasses import asdict
@@ -173,6 +174,7 @@ class _Training:
     def _trainer(self, loggers: list) -> L.Trainer:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # tokens are memory-mapped
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # within lightning
         warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # its order is one of the step
         config = self.config.trainer
         return L.Trainer(
@@ -191,7 +193,9 @@ class _Training:
             plugins=[AtomicCheckpointIO()],
             profiler=config.profiler,
             overfit_batches=config.overfit_batches,
-            enable_checkpointing=True,
+            log_every_n_steps=1,  # the callbacks keep to the interval
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_checkpointing=False,  # Checkpoints does it
             enable_model_summary=False,
             use_distributed_sampler=False,
         )

@@ -128,6 +128,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
+        config.layer_config()  # checks the sizes that all blocks share
         if not config.vocab_size:
             raise UserError("vocab_size is not set: give the number of the tokenizer's entries")
         self.config = config

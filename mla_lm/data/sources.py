@@ -18,7 +18,7 @@ import xxhash
 
 from mla_lm.data.config import DataConfig
 from mla_lm.data.hashes import content_hashes, hash_text
-from mla_lm.data.text_files import check_format, is_plain, read_file, read_plain
+from mla_lm.data.text_files import check_format, import_datasets, is_plain, read_file, read_plain
 from mla_lm.errors import UserError
 
 if TYPE_CHECKING:  # importing it takes a second, which a start from cached tokens need not spend
@@ -224,8 +224,6 @@ def split_of(key: str) -> str:
 
 
 def _dataset(read: Callable[..., Iterable[dict]], **arguments: object) -> "IterableDataset":
-    from datasets import IterableDataset
-
     # a list would be taken for shards, and `read` be called once for each of its items
     arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
-    return IterableDataset.from_generator(read, gen_kwargs=arguments)
+    return import_datasets().IterableDataset.from_generator(read, gen_kwargs=arguments)

@@ -1,5 +1,6 @@
 """The token store: a corpus is tokenized once, into memory-mapped shards that later starts open in an instant."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from mla_lm.errors import UserError
 
 VERSION = "1"  # raise it when the same corpus and tokenizer config come to give other tokens
 SHARD_TOKENS = 2**27
-BATCH_CHARACTERS = 2**22  # tokenized at once: some hundred MB of memory
+BATCH_CHARACTERS = 2**20  # tokenized at once, on all cores, in up to a few hundred MB of memory
 
 
 class Tokens:
@@ -141,7 +142,8 @@ def _fault(folder: Path) -> str | None:
                 continue
             if status.st_size != shard["size"] or hash_file(path) != shard["xxh3"]:
                 return f"{path.name} has changed"
-            os.utime(path, ns=(shard["mtime_ns"], shard["mtime_ns"]))  # copied, not changed: do not hash it again
+            with contextlib.suppress(OSError):  # copied, not changed: if it can be, spare the next start this hash
+                os.utime(path, ns=(shard["mtime_ns"], shard["mtime_ns"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it is damaged ({error})"
     return None

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +23,7 @@ TEXTS = [("one", True), ("two\nlines ✓", True)]
     [
         ("a.jsonl", LINES),
         ("a.json", LINES),
+        ("a.ndjson", LINES),
         ("array.json", json.dumps(ROWS).encode()),
         ("indented.json", json.dumps(ROWS, indent=2).encode()),
         ("a.jsonl.gz", gzip.compress(LINES)),
@@ -81,6 +85,7 @@ def test_plain_text_in_pieces(tmp_path, line, pieces):
         ("number.jsonl", b'{"text": 1, "body": "a"}', ["number.jsonl", "column text", "not text but int", "body"]),
         ("list.jsonl", b'{"text": ["a"]}', ["list.jsonl", "not text but list"]),
         ("mixed.jsonl", b'{"text": "a"}\n{"text": 2}', ["mixed.jsonl", "not text but int", "row 2"]),
+        ("late.jsonl", b'{"text": "a"}\n' * 2500 + b'{"text": 2}', ["late.jsonl", "not text but int", "row 2501"]),
     ],
 )
 def test_a_bad_file_is_named_with_what_is_wrong(tmp_path, name, data, words):
@@ -106,3 +111,13 @@ def test_unknown_formats_are_refused_by_name(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.txt", "a.rst", "README", "a.jsonl", "a.json.gz", "A.PARQUET", "a.py"])
 def test_known_formats_are_not(tmp_path, name):
     check_format(tmp_path / name)
+
+
+def test_a_cache_folder_that_datasets_cannot_make_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = "from mla_lm.data.text_files import import_datasets; import_datasets()"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "file" / "cache"), "PYTHONPATH": os.getcwd()}
+    environment.pop("HF_DATASETS_CACHE", None)
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "UserError: datasets cannot make its cache folder" in process.stderr
+    assert "HF_HOME" in process.stderr

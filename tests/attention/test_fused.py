@@ -1,0 +1,111 @@
+"""Which kernel ran: the fused one for all kinds, sizes and phases, on inputs of the right precision."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig
+from mla_lm.attention.fused import causal_attention
+
+FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
+BACKWARD = "_scaled_dot_product_flash_attention_for_cpu_backward"
+
+LAYERS = {
+    "mla": lambda: MLA(MLAConfig(32, 4, 12, 10, 4, 64, nope_dim=4)),
+    "mla unequal heads, wide key": lambda: MLA(MLAConfig(32, 4, 12, None, 4, 64)),
+    "mla unequal heads, wide value": lambda: MLA(MLAConfig(32, 4, 12, None, 4, 64, value_dim=20)),
+    "mha": lambda: MHA(MHAConfig(32, 4, 64)),
+    "gqa": lambda: MHA(MHAConfig(32, 4, 64, num_kv_heads=2)),
+    "mqa": lambda: MHA(MHAConfig(32, 4, 64, num_kv_heads=1)),
+}
+
+
+class AttentionOps(TorchDispatchMode):
+    """Names of the attention kernels that ran, the dtypes they were given, and the largest tensor any op made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.dtypes, self.largest, self.softmaxes = [], set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.softmaxes += "softmax" in name
+        if "attention" in name:
+            self.names.append(name)
+            self.dtypes |= {a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()}
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_runs_fused_in_both_directions(kind, autocast):
+    layer, x = LAYERS[kind](), torch.randn(2, 33, 32)
+    with AttentionOps() as ops:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(x)
+        out.float().sum().backward()
+    assert ops.names == [FORWARD, BACKWARD]
+    assert ops.softmaxes == 0
+    # nothing is promoted to fp32 on the way: what the kernel reads is what autocast asks for (its logsumexp is fp32)
+    assert ops.dtypes - {torch.float32} == ({torch.bfloat16} if autocast else set())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_training_never_holds_the_scores(kind):
+    layer, x = LAYERS[kind](), torch.randn(1, 64, 32)
+    with AttentionOps() as ops:
+        layer(x).sum().backward()
+    assert ops.largest < 4 * 64 * 64  # the scores of 4 heads
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("absorb", [False, True])
+def test_prefill_and_decoding_run_fused(kind, absorb):
+    layer = LAYERS[kind]()
+    layer.absorbing_is_cheaper = lambda queries, keys: absorb
+    cache = layer.new_cache(2, 64)
+    for length in (20, 7, 1, 1):  # prefill, chunked prefill, two steps of decoding
+        with AttentionOps() as ops:
+            layer(torch.randn(2, length, 32), cache)
+        assert ops.names == [FORWARD]
+        assert ops.softmaxes == 0
+
+
+def test_autocast_inputs_are_bf16():
+    for make in LAYERS.values():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), AttentionOps() as ops:
+            make()(torch.randn(2, 9, 32))
+        assert ops.dtypes == {torch.bfloat16}
+
+
+def test_no_warning_under_autocast(recwarn):
+    for make in LAYERS.values():
+        with torch.autocast("cpu", torch.bfloat16):
+            make()(torch.randn(2, 9, 32)).float().sum().backward()
+    assert [str(w.message) for w in recwarn] == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    group=st.integers(1, 4),
+    kv_heads=st.integers(1, 3),
+    dims=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    queries=st.integers(1, 9),
+    past=st.integers(0, 9),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_softmax_written_out(group, kv_heads, dims, queries, past, seed):
+    torch.manual_seed(seed)
+    keys = past + queries
+    q = torch.randn(2, group * kv_heads, queries, dims[0])
+    k, v = torch.randn(2, kv_heads, keys, dims[0]), torch.randn(2, kv_heads, keys, dims[1])
+    scores = 0.3 * q @ k.repeat_interleave(group, 1).mT
+    future = torch.arange(keys) > torch.arange(past, keys)[:, None]
+    expected = scores.masked_fill(future, -torch.inf).softmax(-1) @ v.repeat_interleave(group, 1)
+    torch.testing.assert_close(causal_attention(q, k, v, 0.3), expected, rtol=1e-5, atol=1e-5)

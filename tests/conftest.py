@@ -1,0 +1,107 @@
+"""What end-to-end tests share: a corpus of real text, and runs started as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Small enough to train in seconds; fp32 on the CPU is what runs are bit-equal in.
+SMALL = (
+    "model=mla_tiny",
+    "model.num_layers=2",
+    "model.d_model=64",
+    "model.seq_len=32",
+    "model.ff_hidden=96",
+    "model.attention.kv_compressed_dim=16",
+    "model.attention.rope_dim=4",
+    "model.attention.nope_dim=12",
+    "model.attention.value_dim=16",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "trainer.max_steps=6",
+    "tokens_per_step=256",
+    "val_every_n_steps=3",
+    "checkpoint.every_n_steps=2",
+    "log_every_n_steps=1",
+    "samples.max_tokens=4",
+    "logger=none",
+    "compile=false",
+)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """About 300 kB of Python, one text file."""
+    folder = Path(os.__file__).parent
+    text = "\n".join((folder / name).read_text() for name in ("argparse.py", "typing.py", "tarfile.py"))
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text(text)
+    return path
+
+
+@dataclass
+class TrainCommand:
+    """Runs train.py in a working directory of its own, on the corpus, with a small model."""
+
+    folder: Path
+    data: tuple[str, ...]
+
+    def __call__(self, *overrides: str) -> subprocess.CompletedProcess:
+        return self.finish(self.start(*SMALL, *self.data, *overrides))
+
+    def bare(self, *overrides: str) -> subprocess.CompletedProcess:
+        """With these overrides only."""
+        return self.finish(self.start(*overrides))
+
+    def start(self, *overrides: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *overrides],
+            cwd=self.folder,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @staticmethod
+    def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def train(tmp_path, corpus) -> TrainCommand:
+    data = (
+        "data=text",
+        f"data.files={corpus}",
+        "data.tokenizer.vocab_size=300",
+        "data.val_tokens=512",
+        f"data.cache_dir={corpus.parent / 'cache'}",
+    )
+    return TrainCommand(tmp_path, data)
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """A user's mistake: exit status 2, at most three lines that name it."""
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert 1 <= len(result.stderr.strip().splitlines()) <= 3, result.stderr
+    for word in words:
+        assert word in result.stderr
