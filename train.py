@@ -24,7 +24,7 @@ from mla_lm.run import RunFolder, find_run
 failed_jobs: list[str] = []  # of a multirun: the folders of those that failed
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
 def job(composed: DictConfig) -> float | None:
     """One run. Returns its validation loss, which sweepers minimise; None for a failed job of a multirun."""
     hydra_config = HydraConfig.get()
@@ -54,7 +54,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     if config.ckpt_path:
         run, checkpoint = find_run(config.ckpt_path)
         config = resumed_config(config, run, overrides)
-    elif run.config_file.exists():
+    elif run.config_file.exists() and is_first_process():
         raise UserError(
             f"{run.path} already holds a run: ckpt_path={run.path} goes on with it, "
             "another hydra.run.dir begins a new one"
@@ -63,11 +63,18 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
         config = started_config(config, find_run(config.init_from)[0], overrides)
     config.check()
     if config.world_size > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise UserError("a multirun trains on one device: start one process for each run with trainer.devices above 1")
+        raise UserError("a multirun trains on one device: start one command for each run with trainer.devices above 1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in sys.argv):
+        raise UserError("under torchrun all processes need one run folder: give hydra.run.dir=FOLDER")
 
     from mla_lm.training import train  # lightning and torch.compile: not needed to refuse a mistake
 
     return train(config, run, checkpoint)
+
+
+def is_first_process() -> bool:
+    """Whether this is the process, of all that share a run, that writes its folder."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def resume_in_place(arguments: list[str]) -> list[str]:

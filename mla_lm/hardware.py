@@ -27,7 +27,9 @@ def choose_accelerator(wanted: str) -> tuple[str, str]:
         return best, "the best device there is"
     device = {"gpu": "cuda"}.get(wanted, wanted)
     if not there[device]:
-        raise UserError(f"trainer.accelerator={wanted}: this machine has none; trainer.accelerator=auto takes what it has")
+        raise UserError(
+            f"trainer.accelerator={wanted}: this machine has none; trainer.accelerator=auto takes what it has"
+        )
     return device, "as asked"
 
 

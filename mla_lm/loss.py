@@ -48,7 +48,7 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        # Not left to autocast, which would keep its copy of the weight, made without a graph, for later uses too.
+        # Cast once: autocast, which keeps no copies where there is no graph, would cast the weight for every product.
         autocast = torch.is_autocast_enabled(x.device.type)
         matrix = weight.to(torch.get_autocast_dtype(x.device.type)) if autocast else weight
         rows = _rows_per_chunk(x, weight)

@@ -96,9 +96,7 @@ def find_run(path: str | Path) -> tuple[RunFolder, Path]:
     return run, run.last if path.is_dir() else path
 
 
-def load_run(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[Transformer, Tokenizer, TrainConfig]:
+def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer, TrainConfig]:
     """The model of a run in evaluation mode, its tokenizer, and its configuration.
 
     Args:

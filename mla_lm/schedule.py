@@ -31,11 +31,7 @@ def lr_factor(step: int, max_steps: int, config: ScheduleConfig) -> float:
     warmup = round(config.warmup_fraction * max_steps)
     if step < warmup:
         return (step + 1) / warmup
-    decay = (
-        max_steps - warmup
-        if config.kind == "cosine"
-        else min(max_steps - warmup, round(config.decay_fraction * max_steps))
-    )
+    decay = max_steps - warmup if config.kind == "cosine" else round(config.decay_fraction * max_steps)
     progress = min(1.0, max(0.0, (step + 1 - (max_steps - decay)) / max(1, decay)))
     falling = (1 + math.cos(math.pi * progress)) / 2 if config.kind == "cosine" else 1 - progress
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * falling

@@ -1,13 +1,22 @@
 """What end-to-end tests share: a corpus of real text, and runs started as a user starts them."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
+
+import train as train_script
+from mla_lm import cli
+from mla_lm.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 # Small enough to train in seconds; fp32 on the CPU is what runs are bit-equal in.
@@ -45,33 +54,66 @@ def corpus(tmp_path_factory) -> Path:
 
 
 @dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
 class TrainCommand:
-    """Runs train.py in a working directory of its own, on the corpus, with a small model."""
+    """train.py in a working directory of its own, on the corpus, with a small model."""
 
     folder: Path
     data: tuple[str, ...]
 
-    def __call__(self, *overrides: str) -> subprocess.CompletedProcess:
-        return self.finish(self.start(*SMALL, *self.data, *overrides))
+    def __call__(self, *overrides: str) -> Result:
+        return self.bare(*SMALL, *self.data, *overrides)
 
-    def bare(self, *overrides: str) -> subprocess.CompletedProcess:
-        """With these overrides only."""
-        return self.finish(self.start(*overrides))
+    def bare(self, *overrides: str) -> Result:
+        """With these overrides only; in this process, which saves the time to import torch."""
+        return call_main(lambda: cli.run(train_script.main, TrainConfig), ["train.py", *overrides], self.folder)
 
     def start(self, *overrides: str) -> subprocess.Popen:
+        """A process of its own, to be sent signals."""
         return subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *overrides],
             cwd=self.folder,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
     @staticmethod
-    def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    def finish(process: subprocess.Popen) -> Result:
         out, err = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return Result(process.returncode, out, err)
+
+
+def call_main(program: Callable[[], NoReturn], arguments: list[str], folder: Path) -> Result:
+    """Call a program that ends in `cli.run` as if it had been started with these arguments in this folder."""
+    before, sys.argv = sys.argv, arguments
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with chdir(folder), redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
+            program()
+    finally:
+        sys.argv = before
+    status = end.value.code
+    return Result(status if isinstance(status, int) else 1, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_machine():
+    """No GPU, no wandb account, and one thread, as runs that are compared bit by bit must have the same number."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("WANDB_MODE", "offline")
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -94,12 +136,12 @@ def rows_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+def succeeded(result: Result) -> Result:
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
 
-def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+def refused(result: Result, *words: str) -> None:
     """A user's mistake: exit status 2, at most three lines that name it."""
     assert result.returncode == 2, result.stderr[-3000:]
     assert 1 <= len(result.stderr.strip().splitlines()) <= 3, result.stderr

@@ -85,9 +85,11 @@ def test_autocast_inputs_are_bf16():
 
 
 def test_no_warning_under_autocast(recwarn):
+    torch.set_warn_always(True)  # or only the first of the process would be seen
     for make in LAYERS.values():
         with torch.autocast("cpu", torch.bfloat16):
             make()(torch.randn(2, 9, 32)).float().sum().backward()
+    torch.set_warn_always(False)
     assert [str(w.message) for w in recwarn] == []
 
 

@@ -1,0 +1,79 @@
+"""A user's mistakes: exit status 2, at most three lines that name what is wrong, nothing written over."""
+
+import pytest
+
+from tests.conftest import refused, succeeded
+
+MISTAKES = [
+    (["model=mla_smal"], ["mla_smal", "mla_small"]),
+    (["trainer.max_step=3"], ["trainer.max_step", "trainer.max_steps"]),
+    (["max_steps=3"], ["max_steps", "trainer.max_steps"]),
+    (["+model.attention.ropedim=3"], ["model.attention.ropedim", "model.attention.rope_dim"]),
+    (["optimizer.lr=abc"], ["optimizer.lr", "abc"]),
+    (["trainer.max_steps=1.5"], ["trainer.max_steps", "1.5"]),
+    (["model.attention.rope_dim=7"], ["rope_dim=7", "even"]),
+    (["model.num_heads=5"], ["d_model=64", "num_heads=5"]),
+    (["model.attention.num_kv_heads=2"], ["num_kv_heads"]),
+    (["trainer.precision=fp8"], ["trainer.precision=fp8", "bf16-mixed"]),
+    (["trainer.precision=16-mixed"], ["16-mixed", "GPU"]),
+    (["trainer.accelerator=gpu"], ["trainer.accelerator=gpu"]),
+    (["tokens_per_step=100"], ["tokens_per_step=100", "32"]),
+    (["optimizer.lr=-1"], ["optimizer.lr"]),
+    (["schedule.kind=linear"], ["schedule.kind=linear", "cosine"]),
+    (["schedule=wsd", "schedule.warmup_fraction=0.9"], ["warmup_fraction"]),
+    (["data.files=nothing/*.txt"], ["nothing/*.txt", "no file"]),
+    (["data.files=null"], ["data.files"]),
+    (["data.tokenizer.kind=file", "data.tokenizer.file=nothing.json"], ["nothing.json"]),
+    (["data.tokenizer.vocab_size=10"], ["vocab_size=10"]),
+    (["data.source=web"], ["data.source=web"]),
+    (["samples.temperature=-1"], ["samples.temperature"]),
+    (["hydra.run.dir=/proc/1/none"], ["/proc/1/none"]),
+    (["a b"], ["a b"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), MISTAKES, ids=[mistake[0][-1] for mistake in MISTAKES])
+def test_mistake(train, tmp_path, overrides, words):
+    refused(train(*overrides), *words)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_empty_file(train, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    refused(train("data.files=empty.txt"), "empty.txt", "empty")
+
+
+def test_undecodable_file(train, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("café ".encode("latin-1") * 1000)
+    refused(train("data.files=latin1.txt"), "latin1.txt", "UTF-8")
+
+
+def test_text_shorter_than_a_window(train, tmp_path):
+    (tmp_path / "short.txt").write_text("A few words, not enough to train on.\n" * 4)
+    refused(train("data.files=short.txt", "model.seq_len=128", "tokens_per_step=128"), "train", "model.seq_len=128")
+
+
+def test_missing_column(train, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"body": "text"}\n' * 10)
+    refused(train("data.files=rows.jsonl"), "text", "body")
+
+
+def test_unwritable_folder(train, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    refused(train("hydra.run.dir=file/run"), "file")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_unwritable_token_cache(train, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    refused(train("data.cache_dir=file/cache"), "data.cache_dir")
+
+
+def test_diverged(train, tmp_path):
+    """A loss that is no number ends the run with status 1; the checkpoint from before stays."""
+    result = train("optimizer.lr=1e30", "optimizer.gradient_clip=0", "schedule.warmup_fraction=0", "hydra.run.dir=run")
+    assert result.returncode == 1
+    assert "diverged" in result.stderr
+    assert "optimizer.lr" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 3
+    succeeded(train("hydra.run.dir=other"))
