@@ -1,8 +1,6 @@
-"""What happens around the training step: metrics, checkpoints, samples, signals."""
+"""What is measured and shown around the training step: metrics, samples, the cache's memory."""
 
 import math
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +14,10 @@ from tokenizers import Tokenizer
 
 from mla_lm.config import TrainConfig
 from mla_lm.data.tokenizer import decode, encode, end_of_text_id
-from mla_lm.errors import Interrupted, TrainingFailed
+from mla_lm.errors import TrainingFailed
 from mla_lm.generate import generate
 from mla_lm.hardware import DTYPES, inference_autocast, peak_memory_bytes
 from mla_lm.lightning_module import LanguageModel
-from mla_lm.run import RunFolder
 
 
 def log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
@@ -119,94 +116,6 @@ def stop_if_diverged(step: int, loss: float, grad_norm: float) -> None:
             f"the loss is {loss} and the gradient norm {grad_norm} at step {step}: training diverged.\n"
             "  Try a smaller optimizer.lr. The last checkpoint is from before that."
         )
-
-
-class Checkpoints(Callback):
-    """last.ckpt every n steps and at the end; best.ckpt at the validation with the lowest loss so far.
-
-    Where a save and a validation fall on one step, the validation comes first, so that a resumed run never misses
-    one. The best loss is part of the state, so it holds wherever the run folder is moved to.
-    """
-
-    def __init__(self, run: RunFolder, config: TrainConfig, metrics: Metrics):
-        self.run, self.config, self.metrics = run, config, metrics
-        self.best: dict[str, float] = {}  # metrics of the best validation, and its step
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self.config.trainer.max_steps:
-            trainer.should_stop = True  # makes Lightning validate once more, whatever the interval
-        elif step % self.config.checkpoint.every_n_steps == 0 and step % self.config.val_every_n_steps:
-            self.save(trainer, module)
-
-    def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        step, metrics = trainer.global_step, module.evaluated
-        log(trainer, metrics)
-        if metrics["val/loss"] < self.best.get("val/loss", math.inf):
-            self.best = {**metrics, "step": step}
-            trainer.save_checkpoint(self.run.best)
-        if step % self.config.checkpoint.every_n_steps == 0 or step == self.config.trainer.max_steps:
-            self.save(trainer, module)
-
-    def save(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        """Write last.ckpt, unless the weights are lost."""
-        stop_if_diverged(trainer.global_step, module.loss.item(), module.grad_norm.item())
-        with self.metrics.paused():
-            trainer.save_checkpoint(self.run.last)
-
-
-class StopOnSignal(Callback):
-    """SIGTERM or Ctrl-C: finish the step (and the validation due at it), save, and raise `Interrupted`.
-
-    A second Ctrl-C ends the process at once.
-    """
-
-    def __init__(self, checkpoints: Checkpoints, config: TrainConfig):
-        self.checkpoints, self.config = checkpoints, config
-        self.received: int | None = None
-        self.handlers: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[signum] = signal.signal(signum, self._receive)
-
-    def _receive(self, signum: int, frame: Any) -> None:
-        self.received = signum
-        print(f"\n{signal.Signals(signum).name}: stopping after this step", file=sys.stderr, flush=True)
-        self._restore()
-
-    def _restore(self) -> None:
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
-        step = trainer.global_step
-        if step % self.config.val_every_n_steps and step != self.config.trainer.max_steps:
-            self._stop_if_received(trainer, module)
-
-    def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self._stop_if_received(trainer, module)
-
-    def _stop_if_received(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        received = self.received or 0
-        if trainer.world_size > 1:  # all ranks stop at the same step
-            tensor = torch.tensor(received, device=module.device)
-            received = int(trainer.strategy.reduce(tensor, reduce_op="max").item())
-        if received:
-            self.checkpoints.save(trainer, module)
-            raise Interrupted(received)
-
-    def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: L.Trainer, module: LanguageModel, exception: BaseException) -> None:
-        self._restore()
 
 
 class Samples(Callback):

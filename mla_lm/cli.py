@@ -74,7 +74,7 @@ def explain_hydra(error: Exception, schema: type | None = None) -> str:
 
 
 def check_keys(composed: DictConfig, schema: type) -> None:
-    """Raises UserError for a key that `schema` lacks: `+key=value` and files of conf/ can add any to the composition."""
+    """Raises UserError for a key that `schema` lacks, as `+key=value` can add it to the composition."""
     known = key_names(schema)
     for key in flatten(OmegaConf.to_container(composed)):
         if key not in known:

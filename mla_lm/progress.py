@@ -24,6 +24,10 @@ class Bar(TQDMProgressBar):
         super().__init__(refresh_rate=1)
         self.metrics = metrics
 
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description("training")  # passes over the data are not counted by Lightning
+
     def get_metrics(self, trainer: L.Trainer, module: LanguageModel) -> dict[str, Any]:
         shown = {}
         if self.metrics.train_loss is not None:

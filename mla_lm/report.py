@@ -56,9 +56,8 @@ def end_report(run: RunFolder, summary: dict, wandb_sync: str | None) -> str:
     lines = [""]
     if summary["finished"]:
         lines += [
-            f"validation  perplexity {summary['val_perplexity']:.2f}, {summary['val_bits_per_byte']:.4f} bits per byte "
-            "(best checkpoint)",
-            f"test        perplexity {summary['test_perplexity']:.2f}, {summary['test_bits_per_byte']:.4f} bits per byte",
+            f"validation  {_quality(summary, 'val')} (best checkpoint)",
+            f"test        {_quality(summary, 'test')}",
             f"KV cache    {summary['kv_cache_bytes_per_token']:,.0f} bytes per token, "
             f"{human_bytes(summary['kv_cache_bytes_at_seq_len'])} at {summary['seq_len']} tokens: "
             f"{summary['kv_cache_vs_mha']:.3f} of MHA's",
@@ -76,6 +75,10 @@ def end_report(run: RunFolder, summary: dict, wandb_sync: str | None) -> str:
     if wandb_sync:
         lines.append(f"upload      {wandb_sync}")
     return "\n".join(lines)
+
+
+def _quality(summary: dict, stage: str) -> str:
+    return f"perplexity {summary[f'{stage}_perplexity']:.2f}, {summary[f'{stage}_bits_per_byte']:.4f} bits per byte"
 
 
 def _shown(path: Path) -> str:

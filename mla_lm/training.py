@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
-from mla_lm.callbacks import CacheMemory, Checkpoints, Metrics, Samples, StopOnSignal, log
-from mla_lm.checkpoint import AtomicCheckpointIO, load_checkpoint
+from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
+from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig, config_hash
 from mla_lm.data.datamodule import TextDataModule
 from mla_lm.data.store import TokenStore, open_store
@@ -34,6 +34,7 @@ from mla_lm.loggers import build_loggers, finish_wandb
 from mla_lm.progress import progress
 from mla_lm.report import data_lines, end_report, git_commit, size_table
 from mla_lm.run import RunFolder, check_fits, find_run, load_weights
+from mla_lm.saving import AtomicCheckpointIO, Checkpoints, StopOnSignal
 from mla_lm.transformer import Transformer
 
 say = rank_zero_only(print)

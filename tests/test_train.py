@@ -12,14 +12,60 @@ from mla_lm.attention.cache import ModelCache
 from mla_lm.data.store import open_store
 from tests.conftest import ROOT, SMALL, refused, rows_of, succeeded, summary_of
 
-SUMMARY = """finished attention num_layers d_model num_heads parameters non_embedding_parameters seq_len seed steps
-tokens_seen train_loss val_loss val_perplexity val_bits_per_byte test_loss test_perplexity test_bits_per_byte
-kv_cache_elements_per_token_per_layer kv_cache_bytes_per_token kv_cache_bytes_at_seq_len kv_cache_vs_mha
-tokens_per_second model_flops_utilization peak_memory_bytes train_seconds total_seconds precision accelerator
-torch_version git_commit data_fingerprint config_hash""".split()
-METRICS = """train/loss train/perplexity train/lr train/grad_norm train/tokens train/tokens_per_second train/mfu
-val/loss val/perplexity val/bits_per_byte test/loss test/perplexity test/bits_per_byte kv_cache/bytes_per_token
-kv_cache/mib_at_seq_len kv_cache/vs_mha memory/peak_mib""".split()
+SUMMARY = [
+    "finished",
+    "attention",
+    "num_layers",
+    "d_model",
+    "num_heads",
+    "parameters",
+    "non_embedding_parameters",
+    "seq_len",
+    "seed",
+    "steps",
+    "tokens_seen",
+    "train_loss",
+    "val_loss",
+    "val_perplexity",
+    "val_bits_per_byte",
+    "test_loss",
+    "test_perplexity",
+    "test_bits_per_byte",
+    "kv_cache_elements_per_token_per_layer",
+    "kv_cache_bytes_per_token",
+    "kv_cache_bytes_at_seq_len",
+    "kv_cache_vs_mha",
+    "tokens_per_second",
+    "model_flops_utilization",
+    "peak_memory_bytes",
+    "train_seconds",
+    "total_seconds",
+    "precision",
+    "accelerator",
+    "torch_version",
+    "git_commit",
+    "data_fingerprint",
+    "config_hash",
+]
+METRICS = [
+    "train/loss",
+    "train/perplexity",
+    "train/lr",
+    "train/grad_norm",
+    "train/tokens",
+    "train/tokens_per_second",
+    "train/mfu",
+    "val/loss",
+    "val/perplexity",
+    "val/bits_per_byte",
+    "test/loss",
+    "test/perplexity",
+    "test/bits_per_byte",
+    "kv_cache/bytes_per_token",
+    "kv_cache/mib_at_seq_len",
+    "kv_cache/vs_mha",
+    "memory/peak_mib",
+]
 PLAIN_ATTENTION = (
     "model.attention.kv_compressed_dim=null",
     "model.attention.rope_dim=null",
@@ -145,9 +191,15 @@ def test_standard_library(train, tmp_path):
     assert summary_of(tmp_path / "run")["kv_cache_vs_mha"] <= 0.21
 
 
-@pytest.mark.parametrize("extra", [("compile=true",), ("trainer.precision=bf16-mixed",),
-                                   ("model.tie_embeddings=false", "model.use_bias=true"),
-                                   ("model.activation_checkpointing=true", "model.attention.q_compressed_dim=24")])  # fmt: skip
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("compile=true",),
+        ("trainer.precision=bf16-mixed",),
+        ("model.tie_embeddings=false", "model.use_bias=true"),
+        ("model.activation_checkpointing=true", "model.attention.q_compressed_dim=24"),
+    ],
+)
 def test_variants(train, tmp_path, extra):
     succeeded(train(*extra, "trainer.max_steps=2", "hydra.run.dir=run"))
     assert summary_of(tmp_path / "run")["finished"]

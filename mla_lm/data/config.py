@@ -37,7 +37,7 @@ class DataConfig:
     files: Any = None  # a path or glob, or a list of them, relative to the working directory
     column: str = "text"  # of .jsonl, .json and .parquet files
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    val_tokens: int = 262144  # a validation predicts at most this many tokens (but at least one window)
+    val_tokens: int = 65536  # a validation predicts at most this many tokens (but at least one window)
     cache_dir: str = "data/cache"  # token stores
     num_workers: int = 0  # processes that load batches; tokens are memory-mapped, so 0 is usually fastest
     prompts: list[str] = field(default_factory=list)  # what samples are continued from; empty: a new document

@@ -1,0 +1,84 @@
+"""scripts.generate and scripts.compare on real runs."""
+
+import csv
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mla_lm
+from mla_lm import cli
+from scripts import compare, generate
+from tests.conftest import Result, TrainCommand, call_main, refused, succeeded, summary_of
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, corpus) -> Path:
+    """Two runs of one corpus, `mla` and `mha`, and one with another tokenizer, `bytes`."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = ("data=text", f"data.files={corpus}", "data.val_tokens=512", f"data.cache_dir={corpus.parent / 'cache'}")
+    train = TrainCommand(folder, data)
+    plain = [f"model.attention.{name}=null" for name in ("kv_compressed_dim", "rope_dim", "nope_dim", "value_dim")]
+    succeeded(train("data.tokenizer.vocab_size=300", "hydra.run.dir=mla"))
+    succeeded(train("data.tokenizer.vocab_size=300", *plain, "hydra.run.dir=mha"))
+    succeeded(train("data.tokenizer.kind=bytes", "hydra.run.dir=bytes"))
+    return folder
+
+
+def tool(module, runs: Path, *arguments: str) -> Result:
+    return call_main(lambda: cli.run(module.main), [module.__name__, *arguments], runs)
+
+
+def test_generate_is_greedy_decoding(runs):
+    result = succeeded(tool(generate, runs, "mla", "--prompt", "def f(", "--temperature", "0", "--max-tokens", "8"))
+    model, tokenizer, _ = mla_lm.load_run(runs / "mla")
+    end = tokenizer.token_to_id("<|endoftext|>")
+    ids = [end, *tokenizer.encode("def f(").ids]
+    for _ in range(8):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        if ids[-1] == end:
+            break
+    text = tokenizer.decode([i for i in ids if i != end])
+    assert result.stdout.startswith(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    assert "KV cache" in result.stderr
+
+
+def test_generate_reads_files_and_standard_input(runs, monkeypatch):
+    (runs / "prompt.txt").write_text("import ")
+    outputs = {tool(generate, runs, "mla", "--prompt-file", "prompt.txt", "--max-tokens", "8").stdout}
+    outputs.add(tool(generate, runs, "mla", "--prompt", "import ", "--max-tokens", "8").stdout)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("import "))
+    outputs.add(tool(generate, runs, "mla", "--max-tokens", "8").stdout)
+    assert len(outputs) == 1
+
+
+def test_generate_mistakes(runs):
+    refused(tool(generate, runs, "nothing", "--prompt", "x"), "nothing", "does not exist")
+    refused(tool(generate, runs, ".", "--prompt", "x"), "no run folder")
+    refused(tool(generate, runs, "mla", "--prompt", "word " * 100), "tokens", "32")
+    refused(tool(generate, runs, "mla", "--prompt-file", "missing.txt"), "missing.txt")
+    refused(tool(generate, runs, "mla", "--prompt", "x", "--temperature", "-1"), "--temperature")
+
+
+def test_compare(runs):
+    result = succeeded(tool(compare, runs, "mla", "mha", "--out", "table"))
+    mla, mha = summary_of(runs / "mla"), summary_of(runs / "mha")
+    for summary in (mla, mha):
+        assert f"{summary['test_bits_per_byte']:.4f}" in result.stdout
+    assert (runs / "table" / "comparison.md").read_text() == result.stdout
+    with open(runs / "table" / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == ["mla", "mha"]
+    assert float(rows[0]["test_loss"]) == mla["test_loss"]
+
+
+def test_compare_refuses(runs):
+    refused(tool(compare, runs, "mla", "bytes"), "different corpora or tokenizers")
+    refused(tool(compare, runs, "mla", "missing"), "missing")
+    unfinished = runs / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text((runs / "mla" / "config.yaml").read_text())
+    refused(tool(compare, runs, "unfinished"), "not finished", "ckpt_path=")

@@ -1,0 +1,45 @@
+"""Exit statuses, and the words for what can go wrong."""
+
+import signal
+
+import pytest
+
+from mla_lm import cli
+from mla_lm.config import TrainConfig
+from mla_lm.errors import Interrupted, TrainingFailed, UserError
+
+
+def status_of(error: BaseException | None) -> int:
+    def main() -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    return end.value.code
+
+
+def test_statuses(capsys):
+    assert status_of(None) == 0
+    assert status_of(UserError("one\n  two\n  three\n  four")) == 2
+    assert capsys.readouterr().err == "error: one\n  two\n  three\n"
+    assert status_of(TrainingFailed("diverged")) == 1
+    assert status_of(Interrupted(signal.SIGTERM)) == 143
+    assert status_of(KeyboardInterrupt()) == 130
+    assert status_of(NotADirectoryError(20, "Not a directory", "a/b")) == 2
+    assert capsys.readouterr().err.endswith("error: a/b: Not a directory\n")
+
+
+def test_a_bug_is_no_mistake():
+    def main() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(main)
+
+
+def test_key_names_are_those_of_values():
+    names = cli.key_names(TrainConfig)
+    assert "model.attention.rope_dim" in names
+    assert "model.attention" not in names
+    assert "seed" in names
