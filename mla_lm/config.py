@@ -23,7 +23,7 @@ LOGGERS = ("wandb", "tensorboard", "none")
 class TrainerConfig:
     """How long and on what; the names are those of lightning.Trainer."""
 
-    max_steps: int = 450  # optimizer steps
+    max_steps: int = 1800  # optimizer steps
     accelerator: str = "auto"  # auto | cpu | gpu | mps
     devices: int = 1
     num_nodes: int = 1
@@ -34,7 +34,7 @@ class TrainerConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_n_steps: int = 100
+    every_n_steps: int = 300
 
 
 @dataclass
@@ -63,10 +63,10 @@ class TrainConfig:
     compile: bool | None = None  # None: where it pays within the run
     ckpt_path: str | None = None  # a run folder, or a checkpoint in one: go on with that run
     init_from: str | None = None  # a run folder: begin a new run with its weights and tokenizer
-    tokens_per_step: int = 8192  # over all devices and accumulated micro-batches
+    tokens_per_step: int = 2048  # over all devices and accumulated micro-batches
     micro_batch_tokens: int = 8192  # at most this many go through a device at once; accumulation follows
-    val_every_n_steps: int = 100
-    log_every_n_steps: int = 10
+    val_every_n_steps: int = 300
+    log_every_n_steps: int = 20
     tags: list[str] = field(default_factory=list)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)

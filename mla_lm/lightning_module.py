@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mla_lm.config import TrainConfig
-from mla_lm.loss import IGNORE
+from mla_lm.evaluate import metrics_of, totals_of
 from mla_lm.optim import build_optimizer
 from mla_lm.schedule import lr_factor
 from mla_lm.transformer import Transformer
@@ -84,25 +84,15 @@ class LanguageModel(L.LightningModule):
         return build_optimizer(self.net, self.config.optimizer, self.fused_optimizer)
 
     def on_validation_epoch_start(self) -> None:
-        self.totals = torch.zeros(3, dtype=torch.float64)  # nats, predicted tokens, their UTF-8 bytes
+        self.totals = torch.zeros(3, dtype=torch.float64)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        targets = batch[:, 1:]
-        # .forward: never compiled, which for other shapes and without gradients would cost more than it gains
-        losses = self.net.forward(batch[:, :-1].clamp(min=0), targets, reduction="none")
-        text_bytes = torch.where(targets == IGNORE, 0, self.token_bytes[targets.clamp(min=0)])
-        sums = (losses.sum(-1), (targets != IGNORE).sum(-1), text_bytes.sum(-1))  # by window: fp32 holds these exactly
-        self.totals += torch.stack([s.cpu().double().sum() for s in sums])
+        self.totals += totals_of(self.net, batch, self.token_bytes)
 
     def on_validation_epoch_end(self) -> None:
         totals = self.trainer.strategy.reduce(self.totals.to(self.device), reduce_op="sum")
-        nats, tokens, text_bytes = totals.tolist()
         stage = "test" if self.trainer.testing else "val"
-        self.evaluated = {
-            f"{stage}/loss": nats / tokens,
-            f"{stage}/perplexity": math.exp(min(nats / tokens, 700.0)),  # a float ends at exp(709)
-            f"{stage}/bits_per_byte": nats / math.log(2) / text_bytes,
-        }
+        self.evaluated = {f"{stage}/{name}": value for name, value in metrics_of(totals).items()}
 
     on_test_epoch_start, test_step, on_test_epoch_end = (
         on_validation_epoch_start,

@@ -12,7 +12,7 @@ from mla_lm.errors import UserError
 class OptimizerConfig:
     """AdamW (arXiv 1711.05101); `lr` is the peak that the schedule scales."""
 
-    lr: float = 3e-3
+    lr: float = 1.5e-3
     weight_decay: float = 0.1  # of matrices only
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     gradient_clip: float = 1.0  # largest norm of all gradients together; 0 for none

@@ -63,7 +63,7 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
     config.trainer.precision, why = choose_precision(config.trainer.precision, device)
     choices.append(f"precision   {config.trainer.precision} ({why})")
 
-    store = _open_data(config, state, checkpoint)
+    store = _open_data(config, run, state)
     config.model.vocab_size = vocabulary_size(store.tokenizer)
     datamodule = TextDataModule(config, store)
     peak_flops = matmul_flops_per_second(device, config.trainer.precision) * config.world_size
@@ -86,12 +86,14 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
     return _Training(config, run, store, net, device, peak_flops, began).run_to_end(datamodule, checkpoint)
 
 
-def _open_data(config: TrainConfig, state: dict[str, Any] | None, checkpoint: Path | None) -> TokenStore:
-    tokenizer = load_tokenizer(find_run(config.init_from)[0].tokenizer_file) if config.init_from else None
+def _open_data(config: TrainConfig, run: RunFolder, state: dict[str, Any] | None) -> TokenStore:
+    tokenizer = None
+    if config.init_from:  # the tokenizer came with the weights; since then it lies in the run itself
+        tokenizer = load_tokenizer((run if state else find_run(config.init_from)[0]).tokenizer_file)
     store = open_store(config.data, tokenizer)
     if state and state["data_fingerprint"] != store.fingerprint:
         raise UserError(
-            f"the data have changed since {checkpoint} was written ({store.description}): "
+            f"the data have changed since {run.path} began ({store.description}): "
             "restore them, or begin a new run with init_from"
         )
     return store

@@ -6,6 +6,7 @@ A document may come in several pieces, so that a large file is never held in mem
 
 import functools
 import glob
+import hashlib
 import os
 import sysconfig
 import tokenize
@@ -13,8 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import xxhash
 
 from mla_lm.data.config import DataConfig
 from mla_lm.data.hashes import content_hashes, hash_text
@@ -60,7 +59,7 @@ def open_source(config: DataConfig) -> Source:
 def python_stdlib(memory: Path, root: str | Path | None = None) -> Source:
     """The *.py files under `root` (the running interpreter's standard library), tests and codec tables left out.
 
-    A file is a document; a hash of its path relative to `root` puts it into a split, 90/5/5. Files that cannot be
+    A file is a document; the SHA-256 of its path relative to `root` puts it into a split, 90/5/5. Files that cannot be
     decoded as they declare (PEP 263) are in `skipped()`; empty ones are left out.
     """
     root = Path(root or sysconfig.get_path("stdlib"))
@@ -70,7 +69,7 @@ def python_stdlib(memory: Path, root: str | Path | None = None) -> Source:
     hashes = content_hashes([root / name for name in names], memory)
     return Source(
         description=f"Python standard library, {len(names)} files in {root}",
-        fingerprint=hash_text("python_stdlib: hash of the path 90/5/5", *names, *hashes),
+        fingerprint=hash_text("python_stdlib: sha256 of the path 90/5/5", *names, *hashes),
         documents=lambda split: _dataset(_read_stdlib, root=str(root), names=names, split=split),
         skipped=lambda: [name for name in names if _decode_python(root / name) is None],
     )
@@ -124,7 +123,7 @@ def text_files(files: str | list[str], column: str, memory: Path) -> Source:
     return Source(
         description=f"{len(paths)} text file{'s' * (len(paths) > 1)}: {files}",
         fingerprint=hash_text(
-            f"text: hash of the document 90/5/5, by position under {FEW_DOCUMENTS}; column {column}",
+            f"text: sha256 of the document 90/5/5, by position under {FEW_DOCUMENTS}; column {column}",
             *(f"{'text' if is_plain(path) else 'rows'} {content}" for path, content in zip(paths, hashes, strict=True)),
         ),
         documents=documents,
@@ -219,7 +218,7 @@ def character_file(files: str | list[str], memory: Path) -> Source:
 
 def split_of(key: str) -> str:
     """The split that a hash of `key` falls into: 90% train, 5% validation, 5% test."""
-    position = xxhash.xxh3_64_intdigest(key.encode()) % 100
+    position = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 100
     return "train" if position < 90 else "validation" if position < 95 else "test"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 import mla_lm
 from mla_lm import cli
-from scripts import compare, generate
+from scripts import compare, evaluate, generate
 from tests.conftest import Result, TrainCommand, call_main, refused, succeeded, summary_of
 
 
@@ -61,6 +62,26 @@ def test_generate_mistakes(runs):
     refused(tool(generate, runs, "mla", "--prompt", "word " * 100), "tokens", "32")
     refused(tool(generate, runs, "mla", "--prompt-file", "missing.txt"), "missing.txt")
     refused(tool(generate, runs, "mla", "--prompt", "x", "--temperature", "-1"), "--temperature")
+
+
+def test_evaluate_gives_the_figures_of_the_summary(runs):
+    succeeded(tool(evaluate, runs, "mla", "--json", "out.json"))
+    figures, summary = json.loads((runs / "out.json").read_text()), summary_of(runs / "mla")
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert figures[name] == pytest.approx(summary[f"test_{name}"], rel=1e-6)
+
+
+def test_evaluate_files(runs):
+    """A text twice as long, as two files, costs twice the bits: about the same bits per byte."""
+    text = "def main():\n    return None\n" * 40
+    for name in ("one.txt", "two.txt"):
+        (runs / name).write_text(text)
+    succeeded(tool(evaluate, runs, "mla", "--files", "one.txt", "--json", "once.json"))
+    succeeded(tool(evaluate, runs, "mla", "--files", "???.txt", "--json", "both.json"))
+    once, both = (json.loads((runs / f"{name}.json").read_text()) for name in ("once", "both"))
+    assert both["tokens"] == 2 * once["tokens"] + 1  # the first token of all is predicted by nothing
+    assert both["bits_per_byte"] == pytest.approx(once["bits_per_byte"], rel=0.02)
+    refused(tool(evaluate, runs, "mla", "--files", "missing-*.txt"), "missing-*.txt")
 
 
 def test_compare(runs):

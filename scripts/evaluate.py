@@ -1,0 +1,67 @@
+"""Loss, perplexity and bits per byte of a trained run: `python -m scripts.evaluate RUN`."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
+
+from mla_lm import cli
+from mla_lm.config import TrainConfig
+from mla_lm.data.sources import SPLITS, find_files
+from mla_lm.data.store import open_store
+from mla_lm.data.text_files import check_format, read_file
+from mla_lm.data.tokenizer import encode, end_of_text_id, token_bytes
+from mla_lm.data.windows import EvaluationWindows
+from mla_lm.evaluate import metrics_of, totals_of
+from mla_lm.hardware import choose_accelerator, inference_autocast
+from mla_lm.run import load_run
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.evaluate", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="a run folder (its best checkpoint), or a checkpoint in one")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="of the run's corpus (default: %(default)s)")
+    parser.add_argument("--files", metavar="GLOB", help="your own text files instead, with the run's tokenizer")
+    parser.add_argument("--column", default="text", help="of .jsonl, .json and .parquet files (default: %(default)s)")
+    parser.add_argument("--json", metavar="OUT", help="also write the figures there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    device, _ = choose_accelerator("auto")
+    model, tokenizer, config = load_run(args.run, device)
+    if args.files:
+        tokens = tokens_of_files(args.files, args.column, tokenizer, config)
+    else:
+        tokens = open_store(config.data, tokenizer if config.init_from else None).tokens(args.split)
+    windows = EvaluationWindows(tokens, config.model.seq_len, split="evaluated")
+    lengths = torch.from_numpy(token_bytes(tokenizer)).to(device)
+    totals = torch.zeros(3, dtype=torch.float64)
+    with torch.no_grad(), inference_autocast(device, config.trainer.precision):
+        for batch in DataLoader(windows, batch_size=config.micro_batch_size):
+            totals += totals_of(model, batch.to(device), lengths)
+    figures = {"run": str(args.run), "text": args.files or args.split, "tokens": int(totals[1]), **metrics_of(totals)}
+    for name, value in figures.items():
+        print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def tokens_of_files(files: str, column: str, tokenizer: Tokenizer, config: TrainConfig) -> np.ndarray:
+    """All documents of the files, each followed by the end-of-text token."""
+    end = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text)
+    tokens: list[int] = []
+    for path in find_files(files):
+        check_format(path)
+        for text, ends in read_file(path, column):
+            tokens += encode(tokenizer, text) + [end] * ends
+    return np.array(tokens)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,52 @@
+"""What only a CUDA device can show; each test is a process of its own, since the others hide the device."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, SMALL, summary_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a CUDA device"),
+]
+
+SAME_LOGITS = """
+import torch
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
+
+torch.backends.cuda.matmul.allow_tf32 = False
+kinds = [AttentionConfig(kv_compressed_dim=32, rope_dim=16, nope_dim=16, value_dim=32)]
+kinds += [AttentionConfig(num_kv_heads=n) for n in (4, 2, 1)]
+for attention in kinds:
+    model = Transformer(TransformerConfig(2, 128, 4, 64, 256, attention, vocab_size=100)).eval()
+    tokens = torch.randint(100, (2, 64))
+    with torch.no_grad():
+        expected = model(tokens)
+        model.cuda()
+        cache = model.new_cache(2)
+        decoded = torch.cat([model(tokens[:, i : i + 1].cuda(), cache=cache) for i in range(64)], 1)
+        torch.testing.assert_close(model(tokens.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decoded.cpu(), expected, rtol=1e-4, atol=1e-4)
+"""
+
+
+def run(*command: str, cwd=ROOT) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    result = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_logits_are_those_of_the_cpu():
+    run("-c", SAME_LOGITS)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_training(train, tmp_path, precision, compiled):
+    overrides = (f"trainer.precision={precision}", f"compile={compiled}", "trainer.accelerator=gpu")
+    run(str(ROOT / "train.py"), *SMALL, *train.data, *overrides, "hydra.run.dir=run", cwd=tmp_path)
+    assert summary_of(tmp_path / "run")["accelerator"] == "gpu"
