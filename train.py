@@ -33,7 +33,8 @@ def job(composed: DictConfig) -> float | None:
         cli.check_keys(composed, TrainConfig)
         return train_run(OmegaConf.to_object(composed), run, list(hydra_config.overrides.task))
     except Exception as error:
-        if not os.listdir(run.path):
+        named = any(override.startswith("hydra.run.dir=") for override in hydra_config.overrides.hydra)
+        if not named and not os.listdir(run.path):
             run.path.rmdir()  # nothing was begun: leave no empty folder behind
         if isinstance(error, UserError | TrainingFailed):
             status = cli.report(error)
@@ -50,26 +51,41 @@ def job(composed: DictConfig) -> float | None:
 def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> float:
     """Settle which configuration counts, refuse to write over another run, and train."""
     make_paths_absolute(config)
+    if config.ckpt_path and config.init_from:
+        raise UserError("ckpt_path goes on with a run, init_from begins a new one: give one of them")
     checkpoint = None
     if config.ckpt_path:
         run, checkpoint = find_run(config.ckpt_path)
         config = resumed_config(config, run, overrides)
-    elif run.config_file.exists() and is_first_process():
-        raise UserError(
-            f"{run.path} already holds a run: ckpt_path={run.path} goes on with it, "
-            "another hydra.run.dir begins a new one"
-        )
     elif config.init_from:
         config = started_config(config, find_run(config.init_from)[0], overrides)
     config.check()
     if config.world_size > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise UserError("a multirun trains on one device: start one command for each run with trainer.devices above 1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in sys.argv):
+    if "TORCHELASTIC_RUN_ID" in os.environ and not any(a.startswith("hydra.run.dir=") for a in sys.argv):
         raise UserError("under torchrun all processes need one run folder: give hydra.run.dir=FOLDER")
 
     from mla_lm.training import train  # lightning and torch.compile: not needed to refuse a mistake
 
-    return train(config, run, checkpoint)
+    if not is_first_process():
+        return train(config, run, checkpoint)
+    with run.lock():
+        if not checkpoint:
+            refuse_to_write_over(run)
+        return train(config, run, checkpoint)
+
+
+def refuse_to_write_over(run: RunFolder) -> None:
+    """Raises UserError where the folder of a new run holds another run, or files that are no run's."""
+    if run.is_begun:
+        raise UserError(
+            f"{run.path} already holds a run: ckpt_path={run.path} goes on with it, "
+            "another hydra.run.dir begins a new one"
+        )
+    if foreign := run.foreign_files():
+        raise UserError(
+            f"{run.path} has {', '.join(foreign)}, which a run would write over: choose another hydra.run.dir"
+        )
 
 
 def is_first_process() -> bool:
@@ -83,6 +99,8 @@ def resume_in_place(arguments: list[str]) -> list[str]:
     path = paths[-1].strip("'\"") if paths else ""
     if path in ("", "null"):
         return arguments
+    if not is_first_process() and any(argument.startswith("hydra.run.dir=") for argument in arguments):
+        return arguments  # as the first process made them
     if {"-m", "--multirun"}.intersection(arguments):
         raise UserError("ckpt_path goes on with one run: leave out -m")
     if any(argument.startswith("hydra.run.dir=") for argument in arguments):
@@ -98,10 +116,13 @@ def _quoted(path: str | Path) -> str:
 
 
 def main() -> None:
+    failed_jobs.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which cli.run words, instead of printing them
     warnings.filterwarnings("ignore", module="hydra")
+    arguments = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))  # Hydra wants -m before overrides
+    cli.check_flags(arguments)
     register_schema()
-    sys.argv[1:] = resume_in_place(sys.argv[1:])
+    sys.argv[1:] = resume_in_place(arguments)
     job()
     if failed_jobs:
         raise UserError("\n".join([f"{len(failed_jobs)} jobs failed:", *(f"  {path}" for path in failed_jobs)]))

@@ -1,20 +1,19 @@
 """What is measured and shown around the training step: metrics, samples, the cache's memory."""
 
+import itertools
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from tokenizers import Tokenizer
 
 from mla_lm.config import TrainConfig
-from mla_lm.data.tokenizer import decode, encode, end_of_text_id
-from mla_lm.errors import TrainingFailed
+from mla_lm.data.store import TokenStore
+from mla_lm.data.tokenizer import decode, encode
+from mla_lm.errors import UserError
 from mla_lm.generate import generate
 from mla_lm.hardware import DTYPES, inference_autocast, peak_memory_bytes
 from mla_lm.lightning_module import LanguageModel
@@ -27,7 +26,7 @@ def log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
 
 
 class Metrics(Callback):
-    """Loss, rate and throughput at every logging step; the clock stands still while others validate or save.
+    """Loss, rate and throughput at every logging step; the clock stands still while a run validates or saves.
 
     Args:
         flops_per_token: of a training step
@@ -38,18 +37,16 @@ class Metrics(Callback):
         self.config, self.flops_per_token, self.peak_flops = config, flops_per_token, peak_flops
         self.rates: list[float] = []  # tokens per second of each logging interval
         self.train_loss: float | None = None
-        self.train_seconds = 0.0
+        self.began: float | None = None  # time at which training would have begun without a pause
+        self.seconds_before = 0.0  # trained before this process resumed
         self.mark: tuple[int, float] | None = None  # step and time that the running interval began at
-        self.paused_since = 0.0
+        self.paused_since: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"rates": self.rates, "train_loss": self.train_loss, "train_seconds": self.train_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rates, self.train_loss, self.train_seconds = state["rates"], state["train_loss"], state["train_seconds"]
-
-    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self.began = time.perf_counter() - self.train_seconds
+        self.rates, self.train_loss, self.seconds_before = state["rates"], state["train_loss"], state["train_seconds"]
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -61,73 +58,80 @@ class Metrics(Callback):
         rate = self.tokens_per_second
         return rate * self.flops_per_token / self.peak_flops if rate else None
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out of the throughput what is done inside."""
-        start = time.perf_counter()
-        yield
-        self._skip(time.perf_counter() - start)
+    @property
+    def train_seconds(self) -> float:
+        if self.began is None:
+            return self.seconds_before
+        return self.seconds_before + (self.paused_since or time.perf_counter()) - self.began
 
-    def _skip(self, seconds: float) -> None:
-        if self.mark:
-            self.mark = (self.mark[0], self.mark[1] + seconds)
-        self.began += seconds
+    def pause(self) -> None:
+        """Leave out of the throughput what is done from here to the next step."""
+        self.paused_since = self.paused_since or time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
+        if self.paused_since:
+            paused, self.paused_since = time.perf_counter() - self.paused_since, None
+            self.began += paused
+            self.mark = (self.mark[0], self.mark[1] + paused) if self.mark else None
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step
         if step % self.config.log_every_n_steps and step != self.config.trainer.max_steps:
-            if self.mark is None:  # the first step warms up: compilation, allocation
-                self.mark = (step, time.perf_counter())
+            self.mark = self.mark or (step, time.perf_counter())  # the first step warms up: compilation, allocation
             return
         # Tensors are read here and only here, so that the steps between never wait for the device.
-        loss, grad_norm = trainer.strategy.reduce(module.loss).item(), module.grad_norm.item()
-        stop_if_diverged(step, loss, grad_norm)
-        now = time.perf_counter()
-        self.train_loss = loss
-        self.train_seconds = now - self.began
-        last_lr = module.optimizers().param_groups[0]["lr"]
+        module.stop_if_diverged()
+        self.train_loss = trainer.strategy.reduce(module.loss).item()
         metrics = {
-            "train/loss": loss,
-            "train/perplexity": math.exp(min(loss, 700.0)),
-            "train/lr": last_lr,
-            "train/grad_norm": grad_norm,
+            "train/loss": self.train_loss,
+            "train/perplexity": math.exp(min(self.train_loss, 700.0)),
+            "train/lr": module.optimizers().param_groups[0]["lr"],
+            "train/grad_norm": module.grad_norm.item(),
             "train/tokens": step * self.config.tokens_per_step,
             "memory/peak_mib": peak_memory_bytes(module.device.type) / 2**20,
         }
-        if self.mark and step > self.mark[0]:
+        now = time.perf_counter()
+        if self.mark:
             rate = (step - self.mark[0]) * self.config.tokens_per_step / (now - self.mark[1])
             self.rates.append(rate)
             metrics["train/tokens_per_second"] = rate
             metrics["train/mfu"] = rate * self.flops_per_token / self.peak_flops
         log(trainer, metrics)
-        self.mark = (step, time.perf_counter())
+        self.mark = (step, now)
 
     def on_validation_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self.paused_since = time.perf_counter()
+        self.pause()
 
     def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self._skip(time.perf_counter() - self.paused_since)
+        module.stop_if_diverged()
 
-
-def stop_if_diverged(step: int, loss: float, grad_norm: float) -> None:
-    """Raises TrainingFailed where the loss or the gradients are no numbers: every weight is lost from here on."""
-    if not (math.isfinite(loss) and (math.isfinite(grad_norm))):
-        raise TrainingFailed(
-            f"the loss is {loss} and the gradient norm {grad_norm} at step {step}: training diverged.\n"
-            "  Try a smaller optimizer.lr. The last checkpoint is from before that."
-        )
+    def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self.pause()
 
 
 class Samples(Callback):
-    """Continuations of `data.prompts` at each validation, through the cache, shown and logged."""
+    """Continuations of `data.prompts` at each validation, through the cache, shown and logged.
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer, precision: str):
-        self.config, self.tokenizer, self.precision = config, tokenizer, precision
+    Raises:
+        UserError: a prompt that the tokenizer does not know, or that fills the model's seq_len.
+    """
+
+    def __init__(self, config: TrainConfig, store: TokenStore):
+        self.config, self.store = config, store
+        self.prompts = {p: [store.end_of_text_id, *encode(store.tokenizer, p)] for p in config.data.prompts or [""]}
+        for prompt, ids in self.prompts.items():
+            if len(ids) >= config.model.seq_len:
+                raise UserError(
+                    f"data.prompts: {prompt!r} has {len(ids)} tokens, model.seq_len={config.model.seq_len}: shorten it"
+                )
 
     def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
         if not trainer.is_global_zero or not self.config.samples.max_tokens:
             return
-        rows = [[prompt, self._continue(module, prompt)] for prompt in self.config.data.prompts or [""]]
+        rows = [[prompt, self._continue(module, ids)] for prompt, ids in self.prompts.items()]
         print(f"samples at step {trainer.global_step}:")
         for prompt, text in rows:
             print("  | " + (prompt + text).replace("\n", "\n  | "))
@@ -138,25 +142,17 @@ class Samples(Callback):
                 text = "\n\n".join("    " + (a + b).replace("\n", "\n    ") for a, b in rows)
                 logger.experiment.add_text("samples", text, trainer.global_step)
 
-    def _continue(self, module: LanguageModel, prompt: str) -> str:
+    def _continue(self, module: LanguageModel, ids: list[int]) -> str:
         """The continuation up to the end of the document; the same for the same weights."""
-        end = end_of_text_id(self.tokenizer, self.config.data.tokenizer.end_of_text)
-        ids = torch.tensor([[end, *encode(self.tokenizer, prompt)]], device=module.device)
+        samples, precision = self.config.samples, self.config.trainer.precision
         generator = torch.Generator(module.device).manual_seed(self.config.seed)
-        new = []
-        with inference_autocast(module.device.type, self.precision):
-            for token in generate(
-                module.net,
-                ids,
-                self.config.samples.max_tokens,
-                self.config.samples.temperature,
-                generator=generator,
-                dtype=DTYPES[self.precision],
-            ):
-                if token.item() == end:
-                    break
-                new.append(token.item())
-        return decode(self.tokenizer, new)
+        prompt = torch.tensor([ids], device=module.device)
+        tokens = generate(
+            module.net, prompt, samples.max_tokens, samples.temperature, generator=generator, dtype=DTYPES[precision]
+        )
+        with inference_autocast(module.device.type, precision):
+            new = itertools.takewhile(lambda i: i != self.store.end_of_text_id, (token.item() for token in tokens))
+            return decode(self.store.tokenizer, new)
 
 
 class CacheMemory(Callback):

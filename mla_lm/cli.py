@@ -1,5 +1,6 @@
 """The one place that turns a user's mistake into one message and exit status 2."""
 
+import argparse
 import difflib
 import re
 import sys
@@ -7,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import NoReturn
 
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra._internal.utils import get_args_parser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -55,6 +57,20 @@ def report(error: Exception, schema: type | None = None) -> int:
     return 1 if isinstance(error, TrainingFailed) else 2
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are user errors like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists what there is)")
+
+
+def check_flags(arguments: list[str]) -> None:
+    """Raises UserError where Hydra's own parser would print its whole usage."""
+    parser = get_args_parser()
+    parser.error = Parser.error.__get__(parser)
+    parser.parse_args(arguments)
+
+
 def explain_hydra(error: Exception, schema: type | None = None) -> str:
     """Hydra's and OmegaConf's complaints about a command line, shortened, with the nearest valid key."""
     text, cause = str(error), error.__cause__
@@ -62,7 +78,8 @@ def explain_hydra(error: Exception, schema: type | None = None) -> str:
         names = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         group = re.search(r"Could not find '(.+)/(.+)'", text)
         if group:
-            return f"unknown {group[1]}={group[2]}{_nearest(group[2], names)}\n  one of: {', '.join(names)}"
+            choices = f"one of: {', '.join(names)}" if names else "there are none"
+            return f"unknown {group[1]}={group[2]}{_nearest(group[2], names)}\n  {choices}"
     if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = re.search(r"Could not override '([^']+)'", text)
         if key:
@@ -70,6 +87,10 @@ def explain_hydra(error: Exception, schema: type | None = None) -> str:
     if isinstance(cause, OmegaConfBaseException):
         override = re.search(r"Error merging override (\S+)", text)
         return f"{override[1] if override else text.splitlines()[0]}: {str(cause).splitlines()[0]}"
+    if "Ambiguous value" in text:
+        return f"{text.splitlines()[0]}\n  -m runs all of them, one after another"
+    if isinstance(error, OverrideParseException):
+        return f"{text.splitlines()[0]}\n  overrides are written key=value, or group=option"
     return text.splitlines()[0]
 
 

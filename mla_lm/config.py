@@ -29,7 +29,7 @@ class TrainerConfig:
     num_nodes: int = 1
     precision: str = "auto"  # auto | bf16-mixed | 16-mixed | 32-true
     profiler: str | None = None  # simple | advanced
-    overfit_batches: int = 0  # train on the first so many steps' batches only, again and again
+    overfit_batches: int | None = None  # train on the batches of the first so many steps only, again and again
 
 
 @dataclass
@@ -117,6 +117,8 @@ class TrainConfig:
             "checkpoint.every_n_steps": self.checkpoint.every_n_steps,
             "micro_batch_tokens": self.micro_batch_tokens,
         }
+        if self.trainer.overfit_batches is not None:
+            counts["trainer.overfit_batches"] = self.trainer.overfit_batches
         for name, value in counts.items():
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
@@ -133,10 +135,10 @@ class TrainConfig:
         ):
             if value not in choices:
                 raise UserError(f"{name}={value} is unknown: one of {', '.join(map(str, choices))}")
-        if self.samples.max_tokens < 0 or self.samples.temperature < 0:
+        if self.samples.max_tokens < 0 or not self.samples.temperature >= 0:
             raise UserError("samples.max_tokens and samples.temperature must be at least 0")
-        if self.ckpt_path and self.init_from:
-            raise UserError("ckpt_path goes on with a run, init_from begins a new one: give one of them")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must be at least 0 and below 2**32")
 
 
 # Keys that say where, on what and how visibly a run goes, but not what it computes.
@@ -159,6 +161,8 @@ INCIDENTAL = (
 
 def is_incidental(key: str) -> bool:
     """Whether a dotted key changes nothing of what a run means."""
+    if key == "trainer.overfit_batches":
+        return False
     return any(key == name or key.startswith(name + ".") for name in INCIDENTAL)
 
 
@@ -185,10 +189,10 @@ def make_paths_absolute(config: TrainConfig) -> None:
         return os.path.abspath(os.path.expanduser(path))
 
     data = config.data
-    if isinstance(data.files, str):
-        data.files = absolute(data.files)
+    if isinstance(data.files, str | int | float):  # data.files=2024 comes as a number
+        data.files = absolute(str(data.files))
     elif data.files:
-        data.files = [absolute(path) for path in data.files]
+        data.files = [absolute(str(path)) for path in data.files]
     data.cache_dir = absolute(data.cache_dir)
     if data.tokenizer.file:
         data.tokenizer.file = absolute(data.tokenizer.file)

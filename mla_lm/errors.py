@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on (the loss is no number any more): its text says what to do; exit status 1."""
+    """Training cannot go on, the loss is no number any more: its text says what to do; exit status 1."""
 
 
 class Interrupted(BaseException):

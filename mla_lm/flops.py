@@ -1,11 +1,13 @@
 """Parameters, FLOPs and cache size of a configuration, without allocating its weights."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from mla_lm.attention import MLAConfig
+from mla_lm.errors import UserError
 from mla_lm.transformer import AttentionConfig, Transformer, TransformerConfig
 
 
@@ -61,7 +63,8 @@ def same_size_as(config: TransformerConfig) -> list[ModelSize]:
     heads = config.num_heads
     grouped = max(d for d in range(1, max(2, heads // 4) + 1) if heads % d == 0)
     for num_kv_heads in (heads, grouped, 1):
-        size = model_size(replace(config, attention=AttentionConfig(num_kv_heads=num_kv_heads)))
-        if size.attention not in [s.attention for s in sizes]:
-            sizes.append(size)
+        other = replace(config, attention=AttentionConfig(num_kv_heads=num_kv_heads))
+        with suppress(UserError):  # heads of an odd size serve MLA, whose rotated part is apart, but not the others
+            if other.attention_kind not in [s.attention for s in sizes]:
+                sizes.append(model_size(other))
     return sizes

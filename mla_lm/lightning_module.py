@@ -5,10 +5,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from mla_lm.config import TrainConfig
+from mla_lm.errors import TrainingFailed
 from mla_lm.evaluate import metrics_of, totals_of
 from mla_lm.optim import build_optimizer
 from mla_lm.schedule import lr_factor
@@ -27,7 +29,6 @@ class LanguageModel(L.LightningModule):
         config: the run's configuration
         token_bytes: (vocab_size,) UTF-8 bytes that each token stands for, 0 for special tokens
         data_fingerprint: kept in checkpoints, so that a run is not resumed on other data
-        fused_optimizer: not with fp16, whose gradients must be unscaled before they are clipped
     """
 
     def __init__(
@@ -36,14 +37,12 @@ class LanguageModel(L.LightningModule):
         config: TrainConfig,
         token_bytes: Tensor,
         data_fingerprint: str,
-        fused_optimizer: bool = True,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.net = net
         self.config = config
         self.data_fingerprint = data_fingerprint
-        self.fused_optimizer = fused_optimizer
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.loss = torch.zeros(())  # of the last step, over its micro-batches, on this device
         self.grad_norm = torch.zeros(())
@@ -57,7 +56,8 @@ class LanguageModel(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         # Dropout is a pure function of (seed, step, rank): a resumed run draws what the first would have drawn.
-        torch.manual_seed((self.config.seed << 40) + (self.global_step << 10) + self.global_rank)
+        place = np.random.SeedSequence((self.config.seed, self.global_step, self.global_rank))
+        torch.manual_seed(int(place.generate_state(1, np.uint64)[0] >> 1))
         optimizer = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self.lr
@@ -80,8 +80,21 @@ class LanguageModel(L.LightningModule):
         clip = self.config.optimizer.gradient_clip or math.inf
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), clip)
 
+    def stop_if_diverged(self) -> None:
+        """Raises TrainingFailed where the loss or the gradients are no numbers: every weight is lost from here on.
+
+        In fp16 such gradients are normal: the loss scaler skips the step.
+        """
+        loss, norm = self.loss.item(), self.grad_norm.item()
+        if not math.isfinite(loss) or (not math.isfinite(norm) and self.config.trainer.precision != "16-mixed"):
+            raise TrainingFailed(
+                f"the loss is {loss} and the gradient norm {norm} at step {self.global_step}: training diverged.\n"
+                "  Try a smaller optimizer.lr."
+            )
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.net, self.config.optimizer, self.fused_optimizer)
+        fused = self.config.trainer.precision != "16-mixed"  # there gradients must be unscaled, then clipped
+        return build_optimizer(self.net, self.config.optimizer, fused)
 
     def on_validation_epoch_start(self) -> None:
         self.totals = torch.zeros(3, dtype=torch.float64)
@@ -90,7 +103,9 @@ class LanguageModel(L.LightningModule):
         self.totals += totals_of(self.net, batch, self.token_bytes)
 
     def on_validation_epoch_end(self) -> None:
-        totals = self.trainer.strategy.reduce(self.totals.to(self.device), reduce_op="sum")
+        totals = self.totals
+        if self.trainer.world_size > 1:
+            totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum")
         stage = "test" if self.trainer.testing else "val"
         self.evaluated = {f"{stage}/{name}": value for name, value in metrics_of(totals).items()}
 

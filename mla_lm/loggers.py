@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl always, wandb or TensorBoard beside it."""
 
 import json
+import math
 import os
 import secrets
 import time
@@ -12,8 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig
+from mla_lm.errors import UserError
 from mla_lm.run import RunFolder
 
+WANDB_MODES = ("online", "offline", "dryrun", "disabled")
 WANDB_PATIENCE = 20  # seconds for the service to answer before the run goes on offline
 
 
@@ -57,7 +60,8 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **metrics}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no inf
+        row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **finite}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -69,7 +73,7 @@ def build_loggers(config: TrainConfig, run: RunFolder, start_step: int, began: f
     """metrics.jsonl first, then the one that `logger=` names."""
     loggers: list[Logger] = [MetricsFile(run.metrics_file, config.tokens_per_step, start_step, began)]
     if config.logger.kind == "wandb" and rank_zero_only.rank == 0:
-        loggers.append(_wandb_logger(config, run))
+        loggers += _wandb_loggers(config, run)
     elif config.logger.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -77,9 +81,15 @@ def build_loggers(config: TrainConfig, run: RunFolder, start_step: int, began: f
     return loggers
 
 
-def _wandb_logger(config: TrainConfig, run: RunFolder) -> Logger:
+def _wandb_loggers(config: TrainConfig, run: RunFolder) -> list[Logger]:
+    """One logger, or none where WANDB_MODE=disabled."""
     import wandb
     from lightning.pytorch.loggers import WandbLogger
+
+    # The mode is handed over here: WandbLogger(offline=True) would set it for the whole process, later jobs included.
+    mode = wandb_mode(wandb.Settings().base_url)
+    if mode == "disabled":
+        return []
 
     run_id = run.wandb_id_file.read_text().strip() if run.wandb_id_file.is_file() else secrets.token_hex(4)
     write_atomically(run.wandb_id_file, lambda file: file.write(run_id.encode() + b"\n"))
@@ -93,27 +103,31 @@ def _wandb_logger(config: TrainConfig, run: RunFolder) -> Logger:
         "tags": config.tags or None,
     }
     quiet = wandb.Settings(silent=True, init_timeout=WANDB_PATIENCE)
-    # The mode is handed over here: WandbLogger(offline=True) would set it for the whole process, later jobs included.
-    mode = _wandb_mode()
     try:
         experiment = wandb.init(mode=mode, settings=quiet, **settings)
-    except wandb.errors.CommError as error:
-        print(f"wandb does not answer ({str(error).splitlines()[0]}): this run is logged offline")
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        print(f"wandb cannot be reached ({str(error).splitlines()[0]}): this run is logged offline")
         wandb.teardown()
         experiment = wandb.init(mode="offline", settings=quiet, **settings)
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return WandbLogger(experiment=experiment, project=config.logger.project, save_dir=str(run.path))
+    return [WandbLogger(experiment=experiment, project=config.logger.project, save_dir=str(run.path))]
 
 
-def _wandb_mode() -> str:
-    """What WANDB_MODE says; otherwise online where this user has logged in, offline where not. Never a prompt."""
+def wandb_mode(host: str) -> str:
+    """What WANDB_MODE says; otherwise online where this user has logged in to `host`, offline where not.
+
+    wandb itself would ask on a terminal, and raise elsewhere.
+    """
     if mode := os.environ.get("WANDB_MODE"):
+        if mode not in WANDB_MODES:
+            raise UserError(f"WANDB_MODE={mode} is unknown: one of {', '.join(WANDB_MODES)}")
         return {"dryrun": "offline"}.get(mode, mode)
     import requests
 
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return "online" if os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(host) else "offline"
+    hosts = (host, "https://api.wandb.ai")  # where keys lie that were saved by older releases
+    logged_in = os.environ.get("WANDB_API_KEY") or any(requests.utils.get_netrc_auth(h) for h in hosts)
+    return "online" if logged_in else "offline"
 
 
 def finish_wandb(loggers: list[Logger]) -> str | None:

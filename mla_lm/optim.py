@@ -1,5 +1,6 @@
 """The optimiser and its parameter groups."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +20,8 @@ class OptimizerConfig:
 
     def check(self) -> None:
         """Raises UserError for values that cannot be."""
-        if self.lr <= 0:
-            raise UserError(f"optimizer.lr={self.lr} must be above 0")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"optimizer.lr={self.lr} must be a number above 0")
         if self.weight_decay < 0 or self.gradient_clip < 0:
             raise UserError("optimizer.weight_decay and optimizer.gradient_clip must be at least 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

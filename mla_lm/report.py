@@ -1,6 +1,7 @@
 """What a run says before training and at its end."""
 
 import math
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def _size_row(size: ModelSize, config: TrainConfig, dtype: torch.dtype, mha_elem
 
 def data_lines(store: TokenStore) -> list[str]:
     """What there is to train, validate and test on."""
-    counts = ", ".join(f"{split} {count:,} tokens" for split, count in store.counts.items())
+    counts = ", ".join(
+        f"{split} {count:,} tokens ({human_bytes(store.text_bytes[split])})" for split, count in store.counts.items()
+    )
     skipped = f"; {len(store.skipped)} could not be decoded" if store.skipped else ""
     return [f"data        {store.description}{skipped}", f"            {counts}"]
 
@@ -63,11 +66,13 @@ def end_report(run: RunFolder, summary: dict, wandb_sync: str | None) -> str:
             f"{summary['kv_cache_vs_mha']:.3f} of MHA's",
         ]
     else:
-        lines.append(f"stopped at step {summary['steps']}, saved")
-    path = _shown(run.path)
-    lines += [f"run         {path}", f"resume      python train.py ckpt_path={path}"]
+        lines.append(f"stopped at step {summary['steps']}")
+    path = shlex.quote(_shown(run.path))
+    lines.append(f"run         {path}")
+    if run.is_begun:
+        longer = f" trainer.max_steps={2 * summary['steps']}" if summary["finished"] else ""
+        lines.append(f"resume      python train.py ckpt_path={path}{longer}")
     if summary["finished"]:
-        lines[-1] += f" trainer.max_steps={2 * summary['steps']}"
         lines += [
             f'sample      python -m scripts.generate {path} --prompt "..."',
             f"compare     python -m scripts.compare {path} OTHER_RUN",

@@ -30,13 +30,15 @@ def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
     changes = {}
     for key, by_group in _named_keys(overrides, list(theirs)).items():
         value = theirs[key]
-        if value == ours[key] or key in ("ckpt_path", "init_from") or FILLED_IN.get(key, ...) == value:
+        if value == ours[key] or key == "ckpt_path" or (by_group and FILLED_IN.get(key, ...) == value):
             continue
         if not is_incidental(key):
             raise UserError(
                 f"{key}={_text(value)} would change what the run in {run.path} is: it has {key}={_text(ours[key])}.\n"
                 "  Leave it out to resume; init_from=RUN begins a new run from its weights."
             )
+        if by_group == "logger" and key != "logger.kind":
+            continue  # its project and group stay what they were
         if by_group and by_group != "logger":
             raise UserError(
                 f"{by_group}=... would change {key} from {_text(ours[key])} to {_text(value)}: "
@@ -50,10 +52,13 @@ def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
     """A new run's configuration that takes the model from another run, but for what the command line names."""
     theirs = flatten(asdict(composed))
     named = _named_keys(overrides, list(theirs))
-    changes = {key: theirs[key] for key in named if key.startswith("model.")}
-    model = {f"model.{key}": value for key, value in flatten(asdict(run.config().model)).items()}
-    vocab_size = model["model.vocab_size"]
-    return _with(composed, model | changes | {"model.vocab_size": vocab_size})
+    for key, by_group in named.items():
+        if key.startswith("data.tokenizer.") and not by_group:
+            raise UserError(f"{key}: the tokenizer of {run.path} comes with its weights; leave it out")
+    ours = flatten(asdict(run.config()))
+    inherited = {key: value for key, value in ours.items() if key.startswith(("model.", "data.tokenizer."))}
+    changes = {key: theirs[key] for key in named if key.startswith("model.") and key != "model.vocab_size"}
+    return _with(composed, inherited | changes)
 
 
 def _named_keys(overrides: list[str], keys: list[str]) -> dict[str, str | None]:

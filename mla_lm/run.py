@@ -1,6 +1,10 @@
 """The run folder: what lies where in it, and loading a trained model from it."""
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
+from yaml import YAMLError
 
 from mla_lm.checkpoint import load_checkpoint, write_atomically
 from mla_lm.config import TrainConfig
@@ -59,8 +64,10 @@ class RunFolder:
         """
         try:
             loaded = OmegaConf.load(self.config_file)
+            if "model" not in loaded:
+                raise UserError(f"{self.config_file} is not the configuration of a run")
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded))
-        except (OmegaConfBaseException, ValueError, OSError) as error:
+        except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
 
     def write_config(self, config: TrainConfig) -> None:
@@ -72,9 +79,46 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         self._write_text(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
-    def is_finished(self) -> bool:
-        """Whether training and testing came to their end."""
-        return self.summary_file.is_file() and json.loads(self.summary_file.read_text())["finished"]
+    def summary(self) -> dict[str, Any]:
+        """The figures of the run, `finished` among them; empty where it has none yet.
+
+        Raises:
+            UserError: summary.json is damaged.
+        """
+        if not self.summary_file.is_file():
+            return {}
+        try:
+            return json.loads(self.summary_file.read_text())
+        except ValueError as error:
+            raise UserError(f"{self.summary_file} is damaged: {error}") from error
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something in it to go on from."""
+        return self.config_file.is_file() and (self.last.is_file() or self.best.is_file())
+
+    def foreign_files(self) -> list[str]:
+        """Names that a run would write over, where they are no run's."""
+        files = (self.tokenizer_file, self.last.parent, self.metrics_file, self.summary_file, self.wandb_id_file)
+        return [] if self.config_file.exists() else [file.name for file in files if file.exists()]
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the one process that works on the run; on the folder itself, so that it leaves no file behind.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is at work on {self.path}: wait for it, or choose another folder"
+            ) from error
+        finally:
+            os.close(folder)  # and with it the lock
 
     @staticmethod
     def _write_text(path: Path, text: str) -> None:

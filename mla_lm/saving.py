@@ -1,6 +1,7 @@
 """When and how a run is saved: checkpoints, and stopping on a signal."""
 
 import math
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from mla_lm.callbacks import Metrics, log, stop_if_diverged
+from mla_lm.callbacks import Metrics, log
 from mla_lm.checkpoint import load_checkpoint, write_atomically
 from mla_lm.config import TrainConfig
 from mla_lm.errors import Interrupted
@@ -67,34 +68,41 @@ class Checkpoints(Callback):
 
     def save(self, trainer: L.Trainer, module: LanguageModel) -> None:
         """Write last.ckpt, unless the weights are lost."""
-        stop_if_diverged(trainer.global_step, module.loss.item(), module.grad_norm.item())
-        with self.metrics.paused():
-            trainer.save_checkpoint(self.run.last)
+        module.stop_if_diverged()
+        self.metrics.pause()
+        trainer.save_checkpoint(self.run.last)
 
 
 class StopOnSignal(Callback):
     """SIGTERM or Ctrl-C: finish the step (and the validation due at it), save, and raise `Interrupted`.
 
-    A second Ctrl-C ends the process at once.
+    Works inside a `with` block, over training and testing. A second signal ends the process at once.
     """
 
     def __init__(self, checkpoints: Checkpoints, config: TrainConfig):
         self.checkpoints, self.config = checkpoints, config
-        self.received: int | None = None
-        self.handlers: dict[int, Any] = {}
+        self.received = 0
+        self.before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[signum] = signal.signal(signum, self._receive)
+    def __enter__(self) -> None:
+        self.before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+        self._listen()
+
+    def __exit__(self, *_: Any) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def _listen(self, *_: Any) -> None:
+        for signum in self.before:
+            signal.signal(signum, self._receive)
+
+    on_train_start = on_test_start = _listen  # Lightning has put its own handler for SIGTERM before it by then
 
     def _receive(self, signum: int, frame: Any) -> None:
+        if self.received:
+            os._exit(128 + signum)
         self.received = signum
         print(f"\n{signal.Signals(signum).name}: stopping after this step", file=sys.stderr, flush=True)
-        self._restore()
-
-    def _restore(self) -> None:
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step
@@ -105,16 +113,17 @@ class StopOnSignal(Callback):
         self._stop_if_received(trainer, module)
 
     def _stop_if_received(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        received = self.received or 0
-        if trainer.world_size > 1:  # all ranks stop at the same step
-            tensor = torch.tensor(received, device=module.device)
-            received = int(trainer.strategy.reduce(tensor, reduce_op="max").item())
-        if received:
+        if received := self._received_anywhere(trainer, module):
             self.checkpoints.save(trainer, module)
             raise Interrupted(received)
 
-    def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self._restore()
+    def on_test_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
+        if self.received:  # the last step is saved
+            raise Interrupted(self.received)
 
-    def on_exception(self, trainer: L.Trainer, module: LanguageModel, exception: BaseException) -> None:
-        self._restore()
+    def _received_anywhere(self, trainer: L.Trainer, module: LanguageModel) -> int:
+        """All ranks stop at the same step."""
+        if trainer.world_size == 1:
+            return self.received
+        tensor = torch.tensor(self.received, device=module.device)
+        return int(trainer.strategy.reduce(tensor, reduce_op="max").item())

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
-from mla_lm.checkpoint import load_checkpoint
+from mla_lm.checkpoint import load_checkpoint, write_atomically
 from mla_lm.config import TrainConfig, config_hash
 from mla_lm.data.datamodule import TextDataModule
 from mla_lm.data.store import TokenStore, open_store
@@ -56,7 +56,7 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
         Interrupted: by a signal; the run is saved.
     """
     began = time.monotonic()
-    state = load_checkpoint(checkpoint) if checkpoint else None
+    state = _load_state(checkpoint) if checkpoint else None
     device, why = choose_accelerator(config.trainer.accelerator)
     choices = [f"device      {device} ({why})"]
     config.trainer.accelerator = "gpu" if device == "cuda" else device
@@ -64,7 +64,7 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
     choices.append(f"precision   {config.trainer.precision} ({why})")
 
     store = _open_data(config, run, state)
-    config.model.vocab_size = vocabulary_size(store.tokenizer)
+    config.model.vocab_size = _vocabulary(config, store)
     datamodule = TextDataModule(config, store)
     peak_flops = matmul_flops_per_second(device, config.trainer.precision) * config.world_size
     config.compile, why = choose_compile(config.compile, device, _training_flops(config) / peak_flops)
@@ -77,13 +77,45 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
         datamodule.start_step = _start_step(config, run, state)
     elif config.init_from:
         load_weights(net, _best_of(config.init_from))
+    training = _Training(config, run, store, net, device, peak_flops, began)
+    table = size_table(config, DTYPES[config.trainer.precision])
 
     if rank_zero_only.rank == 0:
-        run.write_config(config)
-        run.write_tokenizer(store.tokenizer)
+        _prepare_folder(config, run, store, checkpoint)
     say(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    say(size_table(config, DTYPES[config.trainer.precision]), "", *data_lines(store), *choices, "", sep="\n")
-    return _Training(config, run, store, net, device, peak_flops, began).run_to_end(datamodule, checkpoint)
+    say(table, "", *data_lines(store), *choices, "", sep="\n")
+    return training.run_to_end(datamodule, checkpoint)
+
+
+def _load_state(checkpoint: Path) -> dict[str, Any]:
+    state = load_checkpoint(checkpoint)
+    for key in ("global_step", "loops", "optimizer_states", "callbacks", "data_fingerprint", "random_state"):
+        if key not in state:
+            raise UserError(f"{checkpoint} has no {key}, so a run cannot go on from it: init_from takes its weights")
+    return state
+
+
+def _vocabulary(config: TrainConfig, store: TokenStore) -> int:
+    """Entries of the tokenizer; UserError where model.vocab_size says otherwise."""
+    size = vocabulary_size(store.tokenizer)
+    if config.model.vocab_size not in (None, size):
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {size} entries: leave it out"
+        )
+    return size
+
+
+def _prepare_folder(config: TrainConfig, run: RunFolder, store: TokenStore, checkpoint: Path | None) -> None:
+    """Write what is known of the run before it trains."""
+    run.write_config(config)
+    run.write_tokenizer(store.tokenizer)
+    for leftover in run.last.parent.glob(".*.ckpt.*"):  # of a process that was killed while it saved
+        leftover.unlink()
+    if checkpoint:
+        if checkpoint != run.last:  # what lies after it is given up
+            write_atomically(run.last, lambda file: file.write(checkpoint.read_bytes()))
+        if summary := run.summary():
+            run.write_summary({**summary, "finished": False})
 
 
 def _open_data(config: TrainConfig, run: RunFolder, state: dict[str, Any] | None) -> TokenStore:
@@ -106,7 +138,7 @@ def _training_flops(config: TrainConfig) -> float:
 def _start_step(config: TrainConfig, run: RunFolder, state: dict[str, Any]) -> int:
     """Optimizer steps that the checkpoint has behind it; UserError where nothing is left to do."""
     done, wanted = state["global_step"], config.trainer.max_steps
-    if done > wanted or (done == wanted and run.is_finished()):
+    if done > wanted or (done == wanted and run.summary().get("finished")):
         raise UserError(
             f"{run.path} already has {done} steps, trainer.max_steps={wanted}: give a larger one to train on"
         )
@@ -134,6 +166,7 @@ class _Training:
         self.config, self.run, self.store, self.device = config, run, store, device
         self.size = model_size(config.model)
         if config.compile:
+            torch.compiler.reset()  # or the compiler would give up after several jobs of a multirun
             net.compile()
         precision = config.trainer.precision
         self.module = LanguageModel(
@@ -141,19 +174,19 @@ class _Training:
             config,
             torch.from_numpy(token_bytes(store.tokenizer)),
             data_fingerprint=store.fingerprint,
-            fused_optimizer=precision != "16-mixed",
         )
         mha_bytes = 2 * config.model.d_model * config.model.num_layers * DTYPES[precision].itemsize
         self.metrics = Metrics(config, self.size.flops_per_token, peak_flops)
         self.checkpoints = Checkpoints(run, config, self.metrics)
         self.cache_memory = CacheMemory(precision, mha_bytes)
+        self.stop_on_signal = StopOnSignal(self.checkpoints, config)
         self.callbacks = [
             self.metrics,
             progress(config, self.metrics),
             self.cache_memory,
-            Samples(config, store.tokenizer, precision),
+            Samples(config, store),
             self.checkpoints,
-            StopOnSignal(self.checkpoints, config),
+            self.stop_on_signal,
         ]
         self.began = began
 
@@ -161,13 +194,19 @@ class _Training:
         """Fit, test, and write the summary; the summary also where training stops early."""
         loggers = build_loggers(self.config, self.run, datamodule.start_step, self.began)
         trainer = self._trainer(loggers)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         tested: dict[str, float] = {}
         stop: BaseException | None = None
         try:
-            trainer.fit(self.module, datamodule, ckpt_path=checkpoint, weights_only=True)
-            tested = self._test(trainer, datamodule)
-        except (Interrupted, KeyboardInterrupt, TrainingFailed) as error:
+            with self.stop_on_signal:
+                trainer.fit(self.module, datamodule, ckpt_path=checkpoint, weights_only=True)
+                tested = self._test(trainer, datamodule)
+        except (Interrupted, TrainingFailed) as error:
             stop = error
+        except BaseException:
+            finish_wandb(loggers)  # the next job of a multirun would log into it
+            raise
         if trainer.is_global_zero:
             self._report(trainer, loggers, tested)
         if stop:
@@ -195,7 +234,6 @@ class _Training:
             callbacks=self.callbacks,
             plugins=[AtomicCheckpointIO()],
             profiler=config.profiler,
-            overfit_batches=config.overfit_batches,
             log_every_n_steps=1,  # the callbacks keep to the interval
             enable_progress_bar=sys.stderr.isatty(),
             enable_checkpointing=False,  # Checkpoints does it

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ COLUMNS = (
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.compare", description=__doc__)
+    parser = cli.Parser(prog="python -m scripts.compare", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders")
     parser.add_argument("--out", metavar="DIR", help="also write comparison.md and comparison.csv there")
     return parser.parse_args()
@@ -54,9 +53,10 @@ def main() -> None:
 def read_summary(path: str) -> dict[str, Any]:
     """summary.json of a run that came to its end."""
     run, _ = find_run(path)
-    if not run.is_finished():
+    summary = run.summary()
+    if not summary.get("finished"):
         raise UserError(f"{run.path} has not finished: python train.py ckpt_path={run.path} goes on with it")
-    return json.loads(run.summary_file.read_text())
+    return summary
 
 
 def markdown(names: list[str], summaries: list[dict[str, Any]]) -> str:

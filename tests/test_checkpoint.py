@@ -22,7 +22,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         file.write(b"new, but")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]

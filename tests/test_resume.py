@@ -10,7 +10,7 @@ import torch
 from tests.conftest import SMALL, TrainCommand, refused, rows_of, succeeded, summary_of
 
 # Micro-batches of two windows: every step accumulates four of them. Dropout draws random numbers.
-ACCUMULATING = ("micro_batch_tokens=64", "model.dropout=0.1", "trainer.max_steps=12")
+ACCUMULATING = ("micro_batch_tokens=64", "model.dropout=0.1", "trainer.max_steps=40")
 
 
 def start_run(train: TrainCommand, *overrides: str):
@@ -71,7 +71,7 @@ def test_after_two_signals(train, tmp_path, uninterrupted):
         assert f"python train.py ckpt_path={run.name}" in result.stdout
         summary = summary_of(run)
         assert not summary["finished"]
-        assert step <= summary["steps"] < 12
+        assert step <= summary["steps"] < 40
     succeeded(train.bare(f"ckpt_path={run}"))
     assert_same(run, uninterrupted)
 
@@ -85,7 +85,7 @@ def test_from_the_best_checkpoint(train, tmp_path, uninterrupted):
     process.communicate()
     succeeded(train.bare(f"ckpt_path={run / 'checkpoints' / 'best.ckpt'}"))
     steps = [row["step"] for row in rows_of(run) if "train/loss" in row]
-    assert steps == list(range(1, 13))
+    assert steps == list(range(1, 41))
     last = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (run, uninterrupted)]
     torch.testing.assert_close(last[0]["state_dict"], last[1]["state_dict"], rtol=0, atol=0)
 

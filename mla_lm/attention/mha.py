@@ -31,7 +31,7 @@ class MHAConfig:
     def __post_init__(self):
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
-        check_positive(self, "d_model", "num_heads", "seq_len", "num_kv_heads")
+        check_positive(self, "d_model", "num_heads", "seq_len", "num_kv_heads", "rope_base")
         if self.d_model % self.num_heads:
             raise UserError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}")
         if self.d_model // self.num_heads % 2:

@@ -37,7 +37,7 @@ class MLAConfig:
 
     def __post_init__(self):
         check_positive(self, "d_model", "num_heads", "kv_compressed_dim", "q_compressed_dim", "rope_dim", "seq_len")
-        check_positive(self, "nope_dim", "value_dim")
+        check_positive(self, "nope_dim", "value_dim", "rope_base")
         if self.d_model % self.num_heads:
             raise UserError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}")
         if self.rope_dim % 2:

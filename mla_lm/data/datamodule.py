@@ -6,6 +6,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mla_lm.config import TrainConfig
 from mla_lm.data.store import TokenStore
 from mla_lm.data.windows import EvaluationWindows, StepBatchSampler, Windows
+from mla_lm.errors import UserError
 
 
 class TextDataModule(L.LightningDataModule):
@@ -29,6 +30,11 @@ class TextDataModule(L.LightningDataModule):
         self.train_windows = Windows(store.tokens("train"), seq_len)
         self.val_windows = EvaluationWindows(store.tokens("validation"), seq_len, config.data.val_tokens)
         self.test_windows = EvaluationWindows(store.tokens("test"), seq_len, split="test")
+        if (fewest := min(len(self.val_windows), len(self.test_windows))) < config.world_size:
+            raise UserError(
+                f"{config.world_size} devices have only {fewest} windows of model.seq_len={seq_len} to evaluate on: "
+                "give more text, a larger data.val_tokens or fewer devices"
+            )
 
     def train_dataloader(self) -> DataLoader:
         config = self.config
@@ -40,6 +46,7 @@ class TextDataModule(L.LightningDataModule):
             self.start_step,
             self.rank,
             self.world_size,
+            config.trainer.overfit_batches,
         )
         return self._loader(self.train_windows, batch_sampler=sampler)
 

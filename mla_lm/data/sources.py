@@ -133,7 +133,7 @@ def text_files(files: str | list[str], column: str, memory: Path) -> Source:
 def find_files(files: str | list[str]) -> list[Path]:
     """Absolute paths of the files that a path or glob, or a list of them, names: each once, sorted."""
     found = set()
-    for pattern in [files] if isinstance(files, str | int) else files:  # int: the command line's data.files=2024
+    for pattern in [files] if isinstance(files, str) else files:
         expanded = Path(str(pattern)).expanduser()
         matches = [expanded] if expanded.exists() else map(Path, glob.glob(str(expanded), recursive=True))
         matches = {Path(os.path.abspath(path)) for path in matches if path.is_file()}  # links keep their names

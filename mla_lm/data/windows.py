@@ -105,6 +105,7 @@ def _order(num_windows: int, seed: int, pass_number: int) -> np.ndarray:
 class StepBatchSampler(Sampler[list[int]]):
     """For every optimizer step from `start_step` on, this rank's window indices of that whole step.
 
+    With `overfit_batches` the steps take those of the first so many, again and again.
     The windows of a step over all ranks do not depend on their number: rank r of n takes every n-th, from r on.
     `len()` is max_steps also when started later, since Lightning adds the steps already done to those it counts.
     """
@@ -118,15 +119,17 @@ class StepBatchSampler(Sampler[list[int]]):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        overfit_batches: int | None = None,
     ):
         self.num_windows, self.sequences_per_step, self.seed = num_windows, sequences_per_step, seed
         self.start_step, self.max_steps = start_step, max_steps
         self.rank, self.world_size = rank, world_size
+        self.overfit_batches = overfit_batches or max_steps
 
     def __len__(self) -> int:
         return self.max_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.max_steps):
-            indices = indices_of_step(step, self.sequences_per_step, self.num_windows, self.seed)
+            indices = indices_of_step(step % self.overfit_batches, self.sequences_per_step, self.num_windows, self.seed)
             yield indices[self.rank :: self.world_size].tolist()

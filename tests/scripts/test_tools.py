@@ -51,7 +51,7 @@ def test_generate_reads_files_and_standard_input(runs, monkeypatch):
     (runs / "prompt.txt").write_text("import ")
     outputs = {tool(generate, runs, "mla", "--prompt-file", "prompt.txt", "--max-tokens", "8").stdout}
     outputs.add(tool(generate, runs, "mla", "--prompt", "import ", "--max-tokens", "8").stdout)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("import "))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"import ")))
     outputs.add(tool(generate, runs, "mla", "--max-tokens", "8").stdout)
     assert len(outputs) == 1
 
