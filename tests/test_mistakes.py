@@ -27,6 +27,17 @@ MISTAKES = [
     (["data.tokenizer.vocab_size=10"], ["vocab_size=10"]),
     (["data.source=web"], ["data.source=web"]),
     (["samples.temperature=-1"], ["samples.temperature"]),
+    (["seed=-1"], ["seed=-1"]),
+    (["optimizer.lr=nan"], ["optimizer.lr"]),
+    (["data.files=2024"], ["2024", "no file"]),
+    (["data.tokenizer.kind=characters", "data.prompts=[☃]"], ["☃"]),
+    (["samples.max_tokens=4", "data.prompts=[" + "word" * 50 + "]"], ["data.prompts", "model.seq_len=32"]),
+    (["model.vocab_size=100"], ["model.vocab_size=100"]),
+    (["ckpt_path=a", "init_from=b"], ["a"]),
+    (["experiment=foo"], ["experiment=foo"]),
+    (["seed=1,2"], ["seed", "-m"]),
+    (["model"], ["model", "key=value"]),
+    (["--nonsense"], ["--nonsense", "--help"]),
     (["hydra.run.dir=/proc/1/none"], ["/proc/1/none"]),
     (["a b"], ["a b"]),
 ]
@@ -36,6 +47,30 @@ MISTAKES = [
 def test_mistake(train, tmp_path, overrides, words):
     refused(train(*overrides), *words)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_files_of_others_are_left_alone(train, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("mine")
+    refused(train("hydra.run.dir=."), "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_text() == "mine"
+
+
+def test_a_folder_without_a_checkpoint_can_be_begun_again(train, tmp_path):
+    fails = ("optimizer.lr=1e30", "optimizer.gradient_clip=0", "schedule.warmup_fraction=0")
+    result = train(*fails, "checkpoint.every_n_steps=6", "val_every_n_steps=6", "hydra.run.dir=run")
+    assert result.returncode == 1
+    assert "resume" not in result.stdout  # there is nothing to go on from
+    succeeded(train("hydra.run.dir=run"))
+
+
+def test_damaged_run_files(train, tmp_path):
+    succeeded(train("hydra.run.dir=run"))
+    run = tmp_path / "run"
+    whole = {name: (run / name).read_text() for name in ("config.yaml", "summary.json")}
+    for name, text in (("config.yaml", "a: [1"), ("config.yaml", ""), ("summary.json", "{")):
+        (run / name).write_text(text)
+        refused(train.bare(f"ckpt_path={run}"), name)
+        (run / name).write_text(whole[name])
 
 
 def test_empty_file(train, tmp_path):

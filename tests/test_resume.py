@@ -76,6 +76,28 @@ def test_after_two_signals(train, tmp_path, uninterrupted):
     assert_same(run, uninterrupted)
 
 
+def test_signal_while_testing(train, tmp_path):
+    """After the last step nothing is lost either, and resuming only tests."""
+    run = tmp_path / "run"
+    process = start_run(train, "hydra.run.dir=run", "trainer.max_steps=4", "micro_batch_tokens=32")
+    deadline = time.monotonic() + 120
+    while not ((run / "checkpoints" / "last.ckpt").is_file() and rows_of(run)[-1].get("val/loss") and saved(run) == 4):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    result = train.finish(process)
+    assert result.returncode == 143
+    assert f"resume      python train.py ckpt_path={run.name}" in result.stdout
+    assert not summary_of(run)["finished"]
+    succeeded(train.bare(f"ckpt_path={run}"))
+    assert summary_of(run)["finished"]
+    assert summary_of(run)["steps"] == 4
+
+
+def saved(run: Path) -> int:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+
 def test_from_the_best_checkpoint(train, tmp_path, uninterrupted):
     """best.ckpt is saved within a validation; going on from it cuts the rows after it."""
     run = tmp_path / "run"
@@ -112,6 +134,39 @@ def test_the_same_command_again_resumes(train, tmp_path, uninterrupted):
     process.communicate()
     succeeded(train(*ACCUMULATING, f"ckpt_path={run}"))
     assert_same(run, uninterrupted)
+
+
+def test_two_devices(train, tmp_path):
+    """The same global batch over two processes gives the losses of one but for rounding, and is resumed as one is."""
+    for devices in (1, 2):
+        options = (f"trainer.devices={devices}", "micro_batch_tokens=64", f"hydra.run.dir=run{devices}")
+        succeeded(train.finish(train.start(*SMALL, *train.data, *options)))
+    run = tmp_path / "run2"
+    a, b = ([row["train/loss"] for row in rows_of(tmp_path / f"run{n}") if "train/loss" in row] for n in (1, 2))
+    assert a == pytest.approx(b, abs=1e-4)
+    assert summary_of(run)["test_loss"] == pytest.approx(summary_of(tmp_path / "run1")["test_loss"], abs=1e-4)
+    succeeded(train.finish(train.start(f"ckpt_path={run}", "trainer.max_steps=8")))
+    assert summary_of(run)["steps"] == 8
+    succeeded(train.bare(f"ckpt_path={run}", "trainer.max_steps=9", "trainer.devices=1"))
+    assert [row["step"] for row in rows_of(run) if "train/loss" in row] == list(range(1, 10))
+
+
+def test_overfit_goes_on_with_its_batch(train, tmp_path):
+    succeeded(train("trainer.overfit_batches=1", "optimizer.lr=0.01", "trainer.max_steps=40", "hydra.run.dir=run"))
+    run = tmp_path / "run"
+    succeeded(train.bare(f"ckpt_path={run}", "trainer.max_steps=44"))
+    losses = [row["train/loss"] for row in rows_of(run) if "train/loss" in row]
+    assert max(losses[40:]) < 1.2 * losses[39] < 0.5 * losses[0]
+    refused(train.bare(f"ckpt_path={run}", "trainer.max_steps=50", "trainer.overfit_batches=2"), "overfit_batches=2")
+
+
+def test_one_process_at_a_time(train, tmp_path):
+    process = start_run(train, "hydra.run.dir=run", "trainer.max_steps=100000")
+    wait_for_step(tmp_path / "run", 1, process)
+    refused(train("hydra.run.dir=run"), "another process is at work")
+    refused(train.bare(f"ckpt_path={tmp_path / 'run'}", "trainer.max_steps=200000"), "another process is at work")
+    process.terminate()
+    assert train.finish(process).returncode == 143
 
 
 def test_refusals(train, tmp_path, corpus):
