@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
@@ -38,6 +39,7 @@ from mla_lm.saving import AtomicCheckpointIO, Checkpoints, StopOnSignal
 from mla_lm.transformer import Transformer
 
 say = rank_zero_only(print)
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}  # they write fit-profile.txt into the run folder
 
 
 def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -> float:
@@ -233,7 +235,7 @@ class _Training:
             logger=loggers,
             callbacks=self.callbacks,
             plugins=[AtomicCheckpointIO()],
-            profiler=config.profiler,
+            profiler=PROFILERS[config.profiler](self.run.path, "profile") if config.profiler else None,
             log_every_n_steps=1,  # the callbacks keep to the interval
             enable_progress_bar=sys.stderr.isatty(),
             enable_checkpointing=False,  # Checkpoints does it

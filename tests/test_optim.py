@@ -67,7 +67,7 @@ def test_frozen_parameters_are_left_out():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.0}, "lr=0.0 must be above 0"),
+        ({"lr": 0.0}, "lr=0.0 must be a number above 0"),
         ({"weight_decay": -0.1}, "must be at least 0"),
         ({"gradient_clip": -1.0}, "must be at least 0"),
         ({"betas": [0.9, 1.0]}, "must be two numbers in"),

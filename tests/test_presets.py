@@ -53,3 +53,10 @@ def test_kinds_differ_in_attention_and_feed_forward_only(size):
         return {k: v for k, v in vars(config).items() if k not in ("attention", "ff_hidden")}
 
     assert all(shared(preset(f"{kind}_{size}")) == shared(preset(f"mha_{size}")) for kind in KINDS)
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))])
+def test_experiments_compose(name):
+    register_schema()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        OmegaConf.to_object(compose("train", [f"experiment={name}"])).check()
