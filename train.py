@@ -5,6 +5,7 @@ trains; what it calls is in mla_lm/.
 """
 
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -21,7 +22,8 @@ from mla_lm.errors import TrainingFailed, UserError
 from mla_lm.resume import resumed_config, started_config
 from mla_lm.run import RunFolder, find_run
 
-failed_jobs: list[str] = []  # of a multirun: the folders of those that failed
+finished_jobs: list[Path] = []  # of a multirun, their folders
+failed_jobs: list[Path] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
@@ -31,7 +33,9 @@ def job(composed: DictConfig) -> float | None:
     run = RunFolder(Path(hydra_config.runtime.output_dir))
     try:
         cli.check_keys(composed, TrainConfig)
-        return train_run(OmegaConf.to_object(composed), run, list(hydra_config.overrides.task))
+        loss = train_run(OmegaConf.to_object(composed), run, list(hydra_config.overrides.task))
+        finished_jobs.append(run.path)
+        return loss
     except Exception as error:
         named = any(override.startswith("hydra.run.dir=") for override in hydra_config.overrides.hydra)
         if not named and not os.listdir(run.path):
@@ -44,7 +48,7 @@ def job(composed: DictConfig) -> float | None:
             raise
         if hydra_config.mode != RunMode.MULTIRUN:
             sys.exit(status)
-        failed_jobs.append(str(run.path))
+        failed_jobs.append(run.path)
         return None
 
 
@@ -56,6 +60,8 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     checkpoint = None
     if config.ckpt_path:
         run, checkpoint = find_run(config.ckpt_path)
+        if not checkpoint.is_file() and not run.is_begun:
+            raise UserError(f"{run.path} stopped before its first checkpoint: begin it again, hydra.run.dir={run.path}")
         config = resumed_config(config, run, overrides)
     elif config.init_from:
         config = started_config(config, find_run(config.init_from)[0], overrides)
@@ -116,6 +122,7 @@ def _quoted(path: str | Path) -> str:
 
 
 def main() -> None:
+    finished_jobs.clear()
     failed_jobs.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which cli.run words, instead of printing them
     warnings.filterwarnings("ignore", module="hydra")
@@ -124,6 +131,8 @@ def main() -> None:
     register_schema()
     sys.argv[1:] = resume_in_place(arguments)
     job()
+    if len(finished_jobs) > 1:
+        print(f"compare all python -m scripts.compare {shlex.quote(str(finished_jobs[0].parent))}")
     if failed_jobs:
         raise UserError("\n".join([f"{len(failed_jobs)} jobs failed:", *(f"  {path}" for path in failed_jobs)]))
 

@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", help="a run folder (its best checkpoint), or a checkpoint in one")
     parser.add_argument("--split", choices=SPLITS, default="test", help="of the run's corpus (default: %(default)s)")
     parser.add_argument("--files", metavar="GLOB", help="your own text files instead, with the run's tokenizer")
-    parser.add_argument("--column", default="text", help="of .jsonl, .json and .parquet files (default: %(default)s)")
+    parser.add_argument("--column", help="of .jsonl, .json and .parquet files (default: the run's data.column)")
     parser.add_argument("--json", metavar="OUT", help="also write the figures there")
     return parser.parse_args()
 
@@ -38,7 +38,7 @@ def main() -> None:
     device, _ = choose_accelerator("auto")
     model, tokenizer, config = load_run(args.run, device)
     if args.files:
-        tokens = tokens_of_files(args.files, args.column, tokenizer, config)
+        tokens = tokens_of_files(args.files, args.column or config.data.column, tokenizer, config)
     else:
         tokens = tokens_of_split(args.run, args.split, tokenizer, config)
     windows = EvaluationWindows(tokens, config.model.seq_len, split=args.files or args.split)

@@ -9,7 +9,8 @@ from tests.conftest import SMALL, call_main, refused, succeeded, summary_of
 
 def test_seeds_of_a_multirun_become_one_row(train, tmp_path):
     grid = ("seed=1,2", "optimizer.lr=1e-3,2e-3", "trainer.max_steps=2", "hydra.sweep.dir=sweep")
-    succeeded(train.bare("-m", *SMALL, *train.data, *grid))
+    result = succeeded(train.bare("-m", *SMALL, *train.data, *grid))
+    assert result.stdout.splitlines()[-1].endswith(f"scripts.compare {tmp_path / 'sweep'}")
 
     def run(*arguments: str):
         return call_main(lambda: cli.run(compare.main), ["compare", *arguments], tmp_path)
