@@ -196,6 +196,9 @@ def make_paths_absolute(config: TrainConfig) -> None:
     data.cache_dir = absolute(data.cache_dir)
     if data.tokenizer.file:
         data.tokenizer.file = absolute(data.tokenizer.file)
+    for named in (data, data.tokenizer):  # a name on the Hub, or a folder laid out like it
+        if named.path and os.path.isdir(os.path.expanduser(named.path)):
+            named.path = absolute(named.path)
 
 
 def register_schema() -> None:

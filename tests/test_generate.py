@@ -1,10 +1,18 @@
-"""Decoding through the cache gives what recomputing everything for each token gives."""
+"""Decoding through the cache gives what recomputing everything for each token gives; sampling gives what is asked."""
 
 import pytest
 import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
-from mla_lm.generate import generate
+from mla_lm.generate import NOTHING, generate, penalize, token_weights
 
 KINDS = {
     "mla": AttentionConfig(kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4),
@@ -45,6 +53,20 @@ def test_each_prompt_of_a_batch_as_if_alone():
     assert torch.equal(sample(model, prompts, 10, temperature=0), torch.cat(alone))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_tokens", [4, 99])
+def test_prompts_of_different_lengths_each_as_if_alone(kind, max_tokens):
+    """Up to max_tokens each or to the end of seq_len, also where one prompt ends when another has begun long ago."""
+    model = model_of(kind)
+    prompts = [torch.randint(61, (length,)) for length in (5, 1, 24, 17)]
+    columns = sample(model, prompts, max_tokens, temperature=0, repetition_penalty=1.2)
+    for prompt, ids in zip(prompts, columns, strict=True):
+        new = ids[ids != NOTHING]
+        assert len(new) == min(max_tokens, 24 - len(prompt))
+        if len(new):
+            assert torch.equal(new, sample(model, [prompt], max_tokens, temperature=0, repetition_penalty=1.2)[0])
+
+
 @pytest.mark.parametrize(
     ("prompt_length", "max_tokens"), [(1, 5), (20, 3), (20, 4), (20, 99), (23, 2), (24, 5), (3, 0)]
 )
@@ -77,6 +99,42 @@ def test_top_k_and_temperature():
     assert sample(model, prompts, 1, top_k=1000).shape == (64, 1)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.7, 0.8])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.8, "min_p": 0.1}, {"top_p": 1e-9}],
+    ids=str,
+)
+def test_what_is_drawn_from_is_that_of_transformers(limits, temperature, penalty):
+    torch.manual_seed(0)
+    logits, ids = 2 * torch.randn(16, 61), torch.randint(61, (16, 12))
+    theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    theirs += [warpers[name](value) for name, value in limits.items()]
+    expected = theirs(ids, logits.clone()).softmax(-1)
+    seen = torch.zeros(16, 61, dtype=torch.bool).scatter_(1, ids, True)
+    weights = token_weights(penalize(logits, seen, penalty), temperature, **limits)
+    torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), expected)
+
+
+def test_a_repetition_penalty_ends_repetition():
+    """One so strong that no id comes twice, nor one of the prompt, as long as there are others."""
+    model, prompts = model_of("mla"), [torch.arange(4), torch.arange(4, 10)]
+    with torch.no_grad():
+        model.head.weight.abs_()  # so that, with what it reads positive, all logits are
+        model.norm.register_forward_hook(lambda module, args, out: out.abs())
+    for prompt, ids in zip(prompts, sample(model, prompts, 15, temperature=0, repetition_penalty=1e6), strict=True):
+        new = ids[ids != NOTHING]
+        assert len({*prompt.tolist(), *new.tolist()}) == len(prompt) + len(new)
+
+
+def test_a_temperature_near_zero_is_zero():
+    model, prompts = model_of("mha"), torch.randint(61, (4, 4))
+    greedy = sample(model, prompts, 8, temperature=0)
+    assert torch.equal(sample(model, prompts, 8, temperature=1e-50), greedy)
+
+
 def test_samples_follow_the_softmax():
     model, prompt = model_of("gqa"), torch.randint(61, (1, 4))
     first = sample(model, prompt.expand(20_000, -1), 1, temperature=2.0, generator=torch.Generator().manual_seed(0))
@@ -94,8 +152,14 @@ def test_nothing_of_a_graph_is_kept():
     ("length", "options", "message"),
     [
         (25, {}, "a prompt of 25 tokens is longer than the model's seq_len=24"),
-        (4, {"temperature": -1.0}, "temperature=-1.0 must be at least 0"),
-        (4, {"top_k": 0}, "top_k=0 at least 1"),
+        (4, {"temperature": -1.0}, "temperature=-1.0 must be"),
+        (4, {"temperature": float("nan")}, "temperature=nan must be"),
+        (4, {"temperature": float("inf")}, "temperature=inf must be"),
+        (4, {"top_k": 0}, "top_k=0 must be at least 1"),
+        (4, {"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        (4, {"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
+        (4, {"min_p": -0.1}, "min_p=-0.1 must be at least 0 and at most 1"),
+        (4, {"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be"),
     ],
 )
 def test_refused(length, options, message):

@@ -5,16 +5,17 @@ from typing import Any
 
 from mla_lm.errors import UserError
 
-SOURCES = ("python_stdlib", "text", "characters")
-TOKENIZER_KINDS = ("bpe", "file", "characters", "bytes")
+SOURCES = ("python_stdlib", "text", "characters", "hub")
+TOKENIZER_KINDS = ("bpe", "file", "hub", "characters", "bytes")
 SMALLEST_BPE = 257  # the 256 bytes and the end-of-text token
 
 
 @dataclass
 class TokenizerConfig:
-    kind: str = "bpe"  # bpe (trained on the training split) | file | characters | bytes
+    kind: str = "bpe"  # bpe (trained on the training split) | file | hub | characters | bytes
     vocab_size: int = 4096  # kind=bpe: at most this many, the end-of-text token included
     file: str | None = None  # kind=file: a tokenizer.json
+    path: str | None = None  # kind=hub: a model on the Hub, or a folder, with a tokenizer.json
     end_of_text: str | None = None  # name of the token that ends a document; None: look for the usual ones
 
     def check(self) -> None:
@@ -24,6 +25,10 @@ class TokenizerConfig:
             raise UserError("data.tokenizer.kind=file needs data.tokenizer.file, the path of a tokenizer.json")
         if self.kind != "file" and self.file:
             raise UserError(f"data.tokenizer.file is not read by data.tokenizer.kind={self.kind}: set the kind to file")
+        if self.kind == "hub" and not self.path:
+            raise UserError("data.tokenizer.kind=hub needs data.tokenizer.path: for example openai-community/gpt2")
+        if self.kind != "hub" and self.path:
+            raise UserError(f"data.tokenizer.path is not read by data.tokenizer.kind={self.kind}: set the kind to hub")
         if self.kind == "bpe" and self.vocab_size < SMALLEST_BPE:
             raise UserError(
                 f"data.tokenizer.vocab_size={self.vocab_size} is too small for bpe: "
@@ -32,10 +37,25 @@ class TokenizerConfig:
 
 
 @dataclass
+class SplitsConfig:
+    """What a dataset of the Hub calls its splits."""
+
+    train: str = "train"
+    validation: str | None = None  # None: "validation" where it has one, else carved from the training split
+    test: str | None = None  # likewise
+
+
+@dataclass
 class DataConfig:
-    source: str = "python_stdlib"  # python_stdlib | text | characters
+    source: str = "python_stdlib"  # python_stdlib | text | characters | hub
     files: Any = None  # a path or glob, or a list of them, relative to the working directory
-    column: str = "text"  # of .jsonl, .json and .parquet files
+    path: str | None = None  # source=hub: organisation/name of a dataset, or a folder laid out like one
+    name: str | None = None  # source=hub: which of the dataset's configurations
+    revision: str | None = None  # source=hub: commit, branch or tag; None: the newest when it is first read
+    splits: SplitsConfig = field(default_factory=SplitsConfig)  # source=hub
+    lines: bool = False  # source=hub: rows are the lines of one text, not documents
+    max_characters: int | None = None  # source=hub: stream no more than this of each split; None: download it whole
+    column: str = "text"  # of .jsonl, .json and .parquet files and of source=hub
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     val_tokens: int = 65536  # a validation predicts at most this many tokens (but at least one window)
     cache_dir: str = "data/cache"  # token stores
@@ -46,14 +66,35 @@ class DataConfig:
         """Raises: UserError for values that do not exist or do not go together."""
         _check_choice("data.source", self.source, SOURCES)
         self.tokenizer.check()
-        if self.source == "python_stdlib" and self.files:
-            raise UserError("data.files is not read by data=python_stdlib: choose data=text for your own files")
-        if self.source != "python_stdlib" and not self.files:
+        if self.source == "hub":
+            self._check_hub()
+        elif self._of_hub() != DataConfig()._of_hub():
+            raise UserError(
+                f"data.path, name, revision, splits, lines and max_characters are not read by data={self.source}: "
+                "choose data=hub"
+            )
+        if self.source in ("python_stdlib", "hub") and self.files:
+            raise UserError(f"data.files is not read by data={self.source}: choose data=text for your own files")
+        if self.source in ("text", "characters") and not self.files:
             raise UserError(f"data={self.source} needs data.files, a path or a glob: for example data.files='my/*.txt'")
         if self.val_tokens < 1:
             raise UserError(f"data.val_tokens={self.val_tokens} must be at least 1")
         if self.num_workers < 0:
             raise UserError(f"data.num_workers={self.num_workers} must be at least 0")
+
+    def _check_hub(self) -> None:
+        if not self.path:
+            raise UserError("data=hub needs data.path, a dataset or a folder: for example roneneldan/TinyStories")
+        if self.max_characters is not None and self.max_characters < 1:
+            raise UserError(f"data.max_characters={self.max_characters} must be at least 1, or null for all")
+        if self.splits.train in (self.splits.validation, self.splits.test):
+            raise UserError(
+                f"data.splits.train={self.splits.train} is also the validation or test split: name another one, or "
+                "null to carve it"
+            )
+
+    def _of_hub(self) -> tuple:
+        return self.path, self.name, self.revision, self.splits, self.lines, self.max_characters
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

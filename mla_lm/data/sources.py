@@ -34,7 +34,7 @@ class Source:
 
     description: str
     fingerprint: str  # hex; changes with any byte of the files, the column, and the rule that splits them
-    documents: Callable[[str], "IterableDataset"]  # rows {"text": str, "ends": bool}
+    documents: Callable[[str], Iterable[dict]]  # rows {"text": str, "ends": bool}
     skipped: Callable[[], list[str]] = list
 
 
@@ -42,14 +42,19 @@ def open_source(config: DataConfig) -> Source:
     """Find and hash the files of `config`; nothing is decoded yet.
 
     Raises:
-        UserError: files that are missing, empty, or of an unknown format. Text that cannot be decoded, invalid JSON
-            and missing columns are found, and raised as `UserError`, while the documents are read.
+        UserError: files that are missing, empty, or of an unknown format; a dataset that cannot be had. Text that
+            cannot be decoded, invalid JSON and missing columns are found, and raised as `UserError`, while the
+            documents are read.
     """
     memory = Path(config.cache_dir).expanduser() / "hashes.json"
     if config.source == "python_stdlib":
         return python_stdlib(memory)
     if config.source == "text":
         return text_files(config.files, config.column, memory)
+    if config.source == "hub":
+        from mla_lm.data.hub import hub_dataset  # which is built on this module
+
+        return hub_dataset(config)
     return character_file(config.files, memory)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from mla_lm.data.config import DataConfig, TokenizerConfig
 from mla_lm.data.hashes import hash_file, hash_text
@@ -102,7 +103,7 @@ def open_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenS
         UserError: a mistake in the files, the tokenizer or the cache folder.
     """
     source = open_source(config)
-    if tokenizer is None and config.tokenizer.kind == "file":
+    if tokenizer is None and config.tokenizer.kind in ("file", "hub"):
         tokenizer = build_tokenizer(config.tokenizer, [])
     folder = Path(config.cache_dir).expanduser() / _key(source, config.tokenizer, tokenizer)
     if _fault(folder):
@@ -205,11 +206,14 @@ def _write_split(folder: Path, split: str, source: Source, tokenizer: Tokenizer,
         for rows in _batches(source.documents(split)):
             for row, ids in zip(rows, encode_batch(tokenizer, [row["text"] for row in rows]), strict=True):
                 tokens = np.array(ids, dtype=np.int64)
-                counts["text"] += len(row["text"].encode())
+                counts["text"] += (size := len(row["text"].encode()))
+                bar.update(size)
                 counts["tokens"] += int(length_of[tokens].sum())
                 yield np.append(tokens, meta["end_of_text_id"]) if row["ends"] else tokens
 
-    shards = list(_write_shards(folder, split, token_batches(), meta["dtype"], SHARD_TOKENS))
+    # disable=None: none where stderr is no terminal
+    with tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None) as bar:
+        shards = list(_write_shards(folder, split, token_batches(), meta["dtype"], SHARD_TOKENS))
     if counts["text"] == 0:
         raise UserError(
             f"no text for the {split} split in {source.description}: it is too short, give more of it; "

@@ -4,7 +4,7 @@ import glob
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -63,17 +63,33 @@ def _next_piece(file) -> str:
 
 def _read_rows(path: Path, column: str) -> Iterator[str]:
     """Texts of `column`, null and empty ones left out."""
-    for batch, columns in enumerate(_read_columns(path)):
+    return (text for text in column_values(_read_columns(path), column, str(path)) if text)
+
+
+def column_values(
+    batches: Iterable[dict[str, list]], column: str, where: str, names: list[str] | None = None
+) -> Iterator[str]:
+    """Values of a column that must be text, null as "".
+
+    Args:
+        batches: columns of `ROWS` rows at a time, the last of fewer
+        where: what the rows are of, for the message
+        names: of all columns, where the batches have not all
+
+    Raises:
+        UserError: there is no such column, or it is not text.
+    """
+    for batch, columns in enumerate(batches):
+        names = names or list(columns)
         if column not in columns:
-            raise UserError(f"{path} has no column {column}: set data.column to one of {', '.join(columns)}")
+            raise UserError(f"{where} has no column {column}: set data.column to one of {', '.join(names)}")
         for number, text in enumerate(columns[column], start=batch * ROWS + 1):
             if text is not None and not isinstance(text, str):
                 raise UserError(
-                    f"{path}: column {column} is not text but {type(text).__name__} (row {number}): "
-                    f"set data.column to a column of text; there are {', '.join(columns)}"
+                    f"{where}: column {column} is not text but {type(text).__name__} (row {number}): "
+                    f"set data.column to a column of text; there are {', '.join(names)}"
                 )
-            if text:
-                yield text
+            yield text or ""
 
 
 def _read_columns(path: Path) -> Iterator[dict[str, list]]:

@@ -10,6 +10,7 @@ import xxhash
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mla_lm.data.config import TokenizerConfig
+from mla_lm.data.network import tokenizer_file
 from mla_lm.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -36,10 +37,12 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     character of the corpus has a token).
 
     Raises:
-        UserError: kind=file names a file that is no tokenizer.
+        UserError: kind=file names a file that is no tokenizer; kind=hub names one that cannot be had.
     """
     if config.kind == "file":
         return load_tokenizer(Path(config.file).expanduser())
+    if config.kind == "hub":
+        return load_tokenizer(tokenizer_file(config.path))
     if config.kind == "bpe":
         tokenizer = _train_bpe(texts, config.vocab_size)
     elif config.kind == "bytes":

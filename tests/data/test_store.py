@@ -95,6 +95,17 @@ def test_files_that_cannot_be_decoded_are_reported(tmp_path, capsys):
     assert "1 files could not be decoded and are left out: bad.py" in capsys.readouterr().out
 
 
+def test_progress_is_shown_on_a_terminal_only(config, monkeypatch, capsys):
+    open_store(config)
+    assert "tokenizing" not in capsys.readouterr().err
+    config.tokenizer.kind = "bytes"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    open_store(config)
+    shown = capsys.readouterr().err
+    assert all(f"tokenizing {split}: " in shown for split in SPLITS)
+    assert "B/s" in shown
+
+
 # opened again
 
 

@@ -1,0 +1,265 @@
+"""Datasets of the Hugging Face Hub, or of a folder laid out like one, through `datasets`.
+
+Which commit a dataset's name stands for, and which splits it has, is looked up once and kept in `hub.json` beside the
+token stores: a later start with the same `data.path`, `data.name` and `data.revision` reads the same commit, and with
+cached tokens it needs neither the network nor `datasets`.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mla_lm.data.config import DataConfig
+from mla_lm.data.hashes import content_hashes, hash_text
+from mla_lm.data.network import from_cache_only, reach_hub
+from mla_lm.data.sources import SPLITS, Source, split_of
+from mla_lm.data.text_files import PIECE, ROWS, column_values, import_datasets
+from mla_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetBuilder, IterableDataset
+
+
+def hub_dataset(config: DataConfig) -> Source:
+    """The dataset that `config` names; a row is a document, or with `data.lines` a line of its split's one document.
+
+    A validation or test split that the dataset lacks is carved from its training split, by the hash of the document.
+
+    Raises:
+        UserError: it is unknown, or not cached and there is no network; it has no such configuration or split. A
+            missing column, and one that is not text, are found while the documents are read.
+    """
+    cache = Path(config.cache_dir).expanduser()
+    folder = _folder(config)
+    content = _content(folder, cache) if folder else None
+    commit, there = _look_up(config, content, cache / "hub.json")
+    own = _own_splits(config, there)
+    rule = ", ".join(_in_words(split, name) for split, name in own.items())
+    if config.lines:
+        rule += "; rows are lines"
+    if config.max_characters:
+        rule += f"; the first {config.max_characters:,} characters"
+    name = f"{config.path}{f' {config.name}' if config.name else ''}{'' if content else f' at {commit}'}"
+    return Source(
+        description=f"{name}: {rule}",
+        fingerprint=hash_text(f"hub: {rule}", "" if content else config.path, config.name or "", commit, config.column),
+        documents=lambda split: _documents(config, commit, own, split),
+    )
+
+
+def _in_words(split: str, name: str | None) -> str:
+    if name is None:
+        return f"{split} carved from train (5% by sha256 of the text)"
+    return split if name == split else f"{split}={name}"
+
+
+def _folder(config: DataConfig) -> Path | None:
+    folder = Path(config.path).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _content(folder: Path, cache: Path) -> str:
+    """Hash of the files of a dataset in a folder, hidden ones apart, which `datasets` does not read either."""
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    names = sorted(name for name in names if not any(part.startswith((".", "__")) for part in name.parts))
+    hashes = content_hashes([folder / name for name in names], cache / "hashes.json")
+    return hash_text(*(name.as_posix() for name in names), *hashes)
+
+
+# the commit and the splits
+
+
+def _look_up(config: DataConfig, content: str | None, memory: Path) -> tuple[str, list[str]]:
+    """Commit (of a folder: the hash of its content) and split names; asked once, then known from `memory`."""
+    try:
+        known = json.loads(memory.read_bytes())
+    except (OSError, ValueError):
+        known = {}
+    key = f"{config.path} {config.name} {content or config.revision}"
+    if key not in known:
+        with _network(config), _explained(config):
+            builder = _builder(config, config.revision)
+            known[key] = {"commit": content or builder.hash, "splits": list(builder.as_streaming_dataset())}
+        with contextlib.suppress(OSError):  # not remembered: the next start asks again
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            draft = memory.with_name(f"{memory.name}.{os.getpid()}")
+            draft.write_text(json.dumps(known, indent=1))
+            os.replace(draft, memory)
+    return known[key]["commit"], known[key]["splits"]
+
+
+def _own_splits(config: DataConfig, there: list[str]) -> dict[str, str | None]:
+    """The dataset's split that each of ours is; None where it is carved."""
+    own = {split: getattr(config.splits, split) or (split if split in there else None) for split in SPLITS}
+    for split, name in own.items():
+        if name is not None and name not in there:
+            raise UserError(
+                f"{config.path} has no split {name}: set data.splits.{split} to one of {', '.join(there)}"
+                + ("" if split == "train" else ", or to null to carve one where it has none")
+            )
+        if name is None and config.lines:
+            raise UserError(
+                f"{config.path} has no {split} split, and lines of a text (data.lines) are not carved: "
+                f"set data.splits.{split} to one of {', '.join(there)}"
+            )
+    return own
+
+
+# reading
+
+
+def _documents(config: DataConfig, commit: str, own: dict[str, str | None], split: str) -> Iterator[dict]:
+    values = _values(config, commit, own[split] or own["train"])
+    if config.lines:
+        return _one_document(values)
+    return ({"text": text, "ends": True} for text in values if text and _is_in(text, split, own))
+
+
+def _is_in(text: str, split: str, own: dict[str, str | None]) -> bool:
+    """Whether a document belongs to `split`, of those in the dataset's split that it is read from."""
+    if split != "train" and own[split]:
+        return True
+    drawn = split_of(text)
+    return split == ("train" if own[drawn] else drawn)
+
+
+def _one_document(lines: Iterable[str]) -> Iterator[dict]:
+    """Rows that are lines, put together; one without a line end is given one, so an empty row is a blank line."""
+    piece, characters = [], 0
+    for line in lines:
+        piece.append(line if line.endswith("\n") else line + "\n")
+        characters += len(piece[-1])
+        if characters >= PIECE:
+            yield {"text": "".join(piece), "ends": False}
+            piece, characters = [], 0
+    yield {"text": "".join(piece), "ends": True}
+
+
+def _values(config: DataConfig, commit: str, split: str) -> Iterator[str]:
+    """Values of the column, whole or up to `max_characters`, from the disk."""
+    datasets = import_datasets()
+    with _network(config), _explained(config):
+        if config.max_characters:
+            # kept by `datasets`, so that the network is read once, not once for each pass over the text
+            asked = DataConfig(
+                path=config.path, name=config.name, column=config.column, max_characters=config.max_characters
+            )
+            arguments = {"config": asked, "commit": commit, "split": split}
+            rows = datasets.Dataset.from_generator(_beginning, gen_kwargs=arguments)
+            return column_values(rows.iter(ROWS), "text", config.path)
+        builder = _builder(config, commit)
+        if _folder(config):  # as they are: what `datasets` prepares of folders of the same name it confuses
+            return _column(builder.as_streaming_dataset()[split], config)
+        builder.download_and_prepare()
+        return _column(builder.as_dataset()[split], config)
+
+
+def _beginning(config: DataConfig, commit: str, split: str) -> Iterator[dict[str, str]]:
+    """Streams whole documents until there are `max_characters`; nothing beyond them is downloaded."""
+    characters = 0
+    for text in _column(_builder(config, commit).as_streaming_dataset()[split], config):
+        yield {"text": text}
+        characters += len(text)
+        if characters >= config.max_characters:
+            return
+
+
+def _column(rows: "Dataset | IterableDataset", config: DataConfig) -> Iterator[str]:
+    names = rows.column_names  # None where they show only in the rows
+    if names and config.column in names:
+        rows = rows.select_columns([config.column])  # the others need not be decoded
+    return column_values(_batches(rows, config), config.column, config.path, names)
+
+
+def _batches(rows: "Dataset | IterableDataset", config: DataConfig) -> Iterator[dict[str, list]]:
+    with _explained(config):
+        yield from rows.iter(ROWS)
+
+
+def _builder(config: DataConfig, commit: str | None) -> "DatasetBuilder":
+    datasets = import_datasets()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    if folder := _folder(config):
+        return datasets.load_dataset_builder(str(folder), config.name)
+    builder = datasets.load_dataset_builder(config.path, config.name, revision=commit)
+    if type(builder).__name__ == "Cache" and commit not in (None, builder.hash):  # `datasets` takes any it has
+        raise UserError(
+            f"{config.path} is cached at commit {builder.hash}, but not at {commit}, and that cannot be fetched now:\n"
+            f"  data.revision={builder.hash} takes what is there"
+        )
+    return builder
+
+
+# what can go wrong
+
+
+@contextlib.contextmanager
+def _network(config: DataConfig) -> Iterator[None]:
+    """Where the Hub cannot be reached, only the cache is looked at."""
+    if _folder(config):
+        yield
+        return
+    reached = reach_hub()
+    import_datasets()  # takes a second, in which the Hub may answer
+    with from_cache_only(not reached()):
+        yield
+
+
+@contextlib.contextmanager
+def _explained(config: DataConfig) -> Iterator[None]:
+    """Whatever `datasets` and what it stands on raise, in words for the user."""
+    try:
+        yield
+    except Exception as error:
+        for cause in (error, error.__cause__, error.__context__):  # raised by ours, within theirs
+            if isinstance(cause, UserError):
+                raise cause from None
+        raise UserError(_explanation(config, error)) from error
+
+
+def _explanation(config: DataConfig, error: Exception) -> str:
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
+
+    if isinstance(error, DatasetGenerationError):
+        error = error.__cause__ or error  # which says what
+    text = str(error)
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if isinstance(error, ConnectionError) or "is not cached" in text or "find cache for" in text:
+        return _without_network(config)
+    configs = re.search(r"(?:Available|available configs): (\[.*\])", text)
+    if configs:
+        names = ", ".join(re.findall(r"'([^']+)'", configs[1]))
+        wrong = f"has no configuration data.name={config.name}: it has" if config.name else "needs data.name, one of"
+        return f"{config.path} {wrong} {names}"
+    if "scripts are no longer supported" in text:
+        return (
+            f"data.path={config.path} is made by a Python script of its own, which is never run here: "
+            "choose a dataset of Parquet, JSON or text files"
+        )
+    if isinstance(error, DatasetNotFoundError):
+        return (
+            f"data.path={config.path}: {first}\n"
+            "  a dataset is named as its page on the Hub is, organisation/name; a private one needs `hf auth login`"
+        )
+    if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
+        return f"data.path={config.path} has no files of a dataset (Parquet, JSON, text): {first}"
+    return f"data.path={config.path} cannot be read: {first}"
+
+
+def _without_network(config: DataConfig) -> str:
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import ENDPOINT
+
+    name = f" data.name={config.name}" if config.name else ""
+    return (
+        f"data.path={config.path}{name} is no folder and not in the cache {HF_DATASETS_CACHE}, "
+        f"and {ENDPOINT} cannot be reached.\n"
+        "  data=python_stdlib and data=text data.files=... need no network"
+    )

@@ -1,0 +1,97 @@
+"""Whether the Hugging Face Hub can be reached, found out quickly, and working from its cache when it cannot.
+
+Without a network its libraries retry for half a minute before they say so.
+"""
+
+import contextlib
+import queue
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mla_lm.errors import UserError
+
+PATIENCE = 2.0  # seconds to connect in: far more than a working network needs
+
+
+def reach_hub() -> Callable[[], bool]:
+    """Begin to connect; what is returned waits for the answer, `PATIENCE` from now at the latest."""
+    answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    deadline = time.monotonic() + PATIENCE
+    # a thread, since looking up a name knows no timeout
+    threading.Thread(target=lambda: answer.put(_connects()), daemon=True).start()
+
+    def reached() -> bool:
+        try:
+            return answer.get(timeout=max(0.1, deadline - time.monotonic()))
+        except queue.Empty:
+            return False
+
+    return reached
+
+
+def _connects() -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    target = urlsplit(constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(target.netloc):
+        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    port = target.port or (443 if target.scheme == "https" else 80)
+    try:
+        socket.create_connection((target.hostname, port), timeout=PATIENCE).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def from_cache_only(only: bool) -> Iterator[None]:
+    """As with HF_HUB_OFFLINE=1, which the libraries read too early to be set now."""
+    from huggingface_hub import constants
+
+    settings = [constants, sys.modules["datasets.config"]] if "datasets.config" in sys.modules else [constants]
+    before = [module.HF_HUB_OFFLINE for module in settings]
+    try:
+        for module in settings:
+            module.HF_HUB_OFFLINE = only or module.HF_HUB_OFFLINE
+        yield
+    finally:
+        for module, value in zip(settings, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def tokenizer_file(path: str) -> Path:
+    """The tokenizer.json of a folder, or of a model on the Hub: as cached, whatever came later, else downloaded.
+
+    Raises:
+        UserError: there is none, or it is not cached and there is no network.
+    """
+    if (folder := Path(path).expanduser()).is_dir():
+        return folder / "tokenizer.json"
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    try:
+        if isinstance(cached := try_to_load_from_cache(path, "tokenizer.json"), str):
+            return Path(cached)
+        if not reach_hub()():
+            raise UserError(
+                f"data.tokenizer.path={path} is no folder and not in the cache {constants.HF_HUB_CACHE}, "
+                f"and {constants.ENDPOINT} cannot be reached.\n"
+                "  data.tokenizer.kind=bpe, bytes and characters need no network"
+            )
+        return Path(hf_hub_download(path, "tokenizer.json"))
+    except UserError:
+        raise
+    except Exception as error:  # of several libraries
+        raise UserError(
+            f"data.tokenizer.path={path} has no tokenizer.json that can be had ({f'{error}'.strip().splitlines()[0]}): "
+            "give a model on the Hub such as openai-community/gpt2, or a folder with one"
+        ) from error

@@ -1,0 +1,168 @@
+"""scripts.plan: what it says against what is measured, and what it refuses."""
+
+import re
+import shlex
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mla_lm import AttentionConfig, Transformer, TransformerConfig, cli
+from mla_lm.config import TrainConfig
+from mla_lm.flops import TrainingMemory, model_size, training_memory
+from mla_lm.optim import OptimizerConfig, build_optimizer
+from mla_lm.report import human_bytes
+from scripts import plan
+from tests.conftest import ROOT, Result, call_main, refused, succeeded
+
+KINDS = {
+    "mla": AttentionConfig(kv_compressed_dim=32, q_compressed_dim=24, rope_dim=8, nope_dim=24),
+    "mha": AttentionConfig(),
+    "gqa": AttentionConfig(num_kv_heads=2),
+    "mqa": AttentionConfig(num_kv_heads=1),
+}
+# layers, d_model, heads, seq_len, ff_hidden; vocabulary; batch
+SHAPES = (((4, 96, 4, 96, 240), 500, 4), ((2, 64, 4, 128, 160), 3000, 8))
+
+
+def call(*arguments: str) -> Result:
+    return call_main(lambda: cli.run(plan.main, TrainConfig), ["scripts.plan", *arguments], ROOT)
+
+
+def allocations(work) -> list[int]:
+    """Bytes that are held after each allocation and release of `work`, more than before it, as the allocator says."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()  # its result lives on while the profiler looks
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = [0]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held.append(held[-1] + event.nbytes())
+    del result
+    return held
+
+
+def measured(config: TransformerConfig, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes kept from the forward to the backward pass, and the most that a whole step holds."""
+    model, tokens = Transformer(config).train(), torch.randint(config.vocab_size, (batch, config.seq_len))
+    optimizer = build_optimizer(model, OptimizerConfig())
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+    def forward() -> torch.Tensor:
+        with autocast:
+            return model(tokens, tokens)
+
+    def step() -> None:
+        with autocast:  # for forward and backward, as Lightning has it
+            model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    state = [t for s in optimizer.state.values() for t in s.values()]
+    fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *state))
+    return allocations(forward)[-1], fixed + max(allocations(step))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_within_a_tenth_of_what_is_measured(kind, dtype, shape):
+    sizes, vocab_size, batch = shape
+    config = TransformerConfig(*sizes, KINDS[kind], vocab_size=vocab_size)
+    planned = training_memory(config, batch, dtype, "cpu")
+    kept, peak = measured(config, batch, dtype)
+    assert planned.activations + planned.weight_copies == pytest.approx(kept, rel=0.1)
+    assert planned.peak(checkpointing=False) == pytest.approx(peak, rel=0.1)
+
+    config.activation_checkpointing = True
+    kept, peak = measured(config, batch, dtype)
+    assert planned.checkpointed_activations == pytest.approx(kept, rel=0.1)
+    assert planned.peak(checkpointing=True) == pytest.approx(peak, rel=0.1)
+
+
+def test_gradients_of_earlier_micro_batches_are_there_throughout():
+    memory = TrainingMemory(10, 10, 20, 5, 7, 100, 4, recomputed_block=8, feed_forward_gradients=1)
+    assert memory.peak(checkpointing=False) == 10 + 20 + 5 + 100 + 7
+    assert memory.peak(checkpointing=False, accumulation=2) == 10 + 20 + 5 + 100 + 7 + 10
+    assert memory.peak(checkpointing=True) == 10 + 20 + 5 + 4 + 8 + 1
+    assert memory.peak(checkpointing=True, accumulation=2) == 10 + 20 + 5 + 4 + 8 + 1 + 10
+
+
+def test_what_is_printed():
+    options = ("model=mla_tiny", "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "tokens_per_step=32768")
+    lines = succeeded(call(*options, "--batch", "3", "--context", "100")).stdout.splitlines()
+    attention = AttentionConfig(kv_compressed_dim=40, rope_dim=8, nope_dim=24, value_dim=32)
+    config = TransformerConfig(3, 128, 4, 128, 400, attention, vocab_size=4096)
+    size, memory = model_size(config), training_memory(config, 64, torch.bfloat16, "cpu")
+    assert lines[1] == f"parameters  {size.parameters:,}, without the embedding {size.non_embedding_parameters:,}"
+    assert f"{size.flops_per_token / 1e6:,.1f}M per token" in lines[2]
+    assert "32,768 tokens a step in 4 micro-batches, 64 x 128 tokens at once" in lines[4]
+    rows = {line[:24].strip(): re.findall(r"[\d,.]+ [KMGT]?i?B", line[24:]) for line in lines}
+    assert rows["gradients"] == 2 * [human_bytes(4 * size.parameters)]
+    assert rows["activations"] == [human_bytes(memory.activations), human_bytes(memory.checkpointed_activations)]
+    assert rows["most at once"] == [human_bytes(memory.peak(checkpointing, 4)) for checkpointing in (False, True)]
+    cache = {line[2:8].strip(): line.split() for line in lines if line[2:8].strip() in KINDS}
+    assert set(cache) == set(KINDS)
+    assert cache["mla"] == [">", "mla", str(3 * 48 * 2), *human_bytes(300 * 3 * 48 * 2).split(), "0.188"]
+    assert cache["mha"][-1] == "1.000"
+
+
+def test_the_examples_of_the_help():
+    """Each can be run; the published attention caches 576 elements per token and layer (arXiv 2405.04434)."""
+    commands = re.findall(r"python -m scripts\.plan((?:[^\n]*\\\n)*[^\n]*)", plan.EXAMPLES)
+    outputs = [succeeded(call(*shlex.split(c.replace("\\\n", "")))).stdout for c in commands]
+    assert len(outputs) == 4
+    for output, layers in zip(outputs[2:], (27, 60), strict=True):
+        per_token = int(re.search(r"> mla +([\d,]+)", output)[1].replace(",", ""))
+        assert per_token in (layers * 576 * 2, layers * 576 * 4)  # in bf16, or in fp32 on an old CPU
+
+
+def test_a_sequence_longer_than_a_step_has_tokens():
+    output = succeeded(call("model=mla_tiny", "model.seq_len=5000")).stdout
+    assert "5,000 tokens a step, 1 x 5,000 tokens at once" in output
+
+
+def test_a_gpu_is_planned_for_where_there_is_none():
+    assert "on each cuda device in bf16-mixed" in succeeded(call("trainer=gpu", "model=mla_tiny")).stdout
+    output = succeeded(call("trainer=gpu", "trainer.precision=16-mixed", "model=mla_tiny")).stdout
+    assert "float16" in output
+
+
+def test_vocabulary(tmp_path):
+    for options, size in (
+        (("data.tokenizer.vocab_size=999",), "999"),
+        (("data.tokenizer.kind=bytes",), "257"),
+        (("data=characters", "model.vocab_size=66"), "66"),
+    ):
+        assert f"vocabulary {size}\n" in succeeded(call("model=mla_tiny", *options)).stdout
+    refused(call("data=characters"), "data.tokenizer.kind=characters", "model.vocab_size")
+    refused(call("model.vocab_size=0"), "model.vocab_size=0")
+    refused(call("data.tokenizer.kind=file", f"data.tokenizer.file={tmp_path / 'missing.json'}"), "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model.num_layer=3"], ("unknown key model.num_layer", "model.num_layers")),
+        (["+model.width=3"], ("unknown key model.width",)),
+        (["max_steps=3"], ("unknown key max_steps", "trainer.max_steps")),
+        (["model=mla_smal"], ("unknown model=mla_smal", "mla_small")),
+        (["model.num_layers=many"], ("model.num_layers=many", "Integer")),
+        (["model.num_layers=0"], ("model.num_layers=0 must be at least 1",)),
+        (["model.seq_len=0"], ("model.seq_len=0 must be at least 1",)),
+        (["model.num_heads=7"], ("d_model=256", "num_heads=7")),
+        (["trainer.devices=0"], ("trainer.devices=0",)),
+        (["trainer.precision=8-bit"], ("trainer.precision=8-bit", "bf16-mixed")),
+        (["tokens_per_step=0"], ("tokens_per_step=0",)),
+        (["--batch", "0"], ("--batch 0",)),
+        (["--batch", "many"], ("--batch", "many")),
+        (["--context", "0"], ("--context 0",)),
+        (["--context", "999"], ("--context 999", "model.seq_len=256")),
+        (["--layers", "3"], ("--layers",)),
+        (["mla_small"], ("mla_small", "key=value")),
+    ],
+    ids=str,
+)
+def test_mistakes(arguments, words):
+    refused(call(*arguments), *words)
