@@ -140,6 +140,14 @@ def find_run(path: str | Path) -> tuple[RunFolder, Path]:
     return run, run.last if path.is_dir() else path
 
 
+def find_best(path: str | Path) -> tuple[RunFolder, Path]:
+    """As `find_run`, but of a folder the best checkpoint, where there is one."""
+    run, checkpoint = find_run(path)
+    if Path(path).expanduser().is_dir() and run.best.is_file():
+        checkpoint = run.best
+    return run, checkpoint
+
+
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer, TrainConfig]:
     """The model of a run in evaluation mode, its tokenizer, and its configuration.
 
@@ -149,9 +157,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[Tran
     Raises:
         UserError: there is no run, or it is damaged.
     """
-    run, checkpoint = find_run(path)
-    if Path(path).expanduser().is_dir() and run.best.is_file():
-        checkpoint = run.best
+    run, checkpoint = find_best(path)
     config = run.config()
     model = Transformer(config.model)
     load_weights(model, checkpoint)

@@ -34,7 +34,7 @@ from mla_lm.lightning_module import LanguageModel
 from mla_lm.loggers import build_loggers, finish_wandb
 from mla_lm.progress import progress
 from mla_lm.report import data_lines, end_report, git_commit, size_table
-from mla_lm.run import RunFolder, check_fits, find_run, load_weights
+from mla_lm.run import RunFolder, check_fits, find_best, find_run, load_weights
 from mla_lm.saving import AtomicCheckpointIO, Checkpoints, StopOnSignal
 from mla_lm.transformer import Transformer
 
@@ -78,7 +78,7 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
         check_fits(net, state["state_dict"], checkpoint)
         datamodule.start_step = _start_step(config, run, state)
     elif config.init_from:
-        load_weights(net, _best_of(config.init_from))
+        load_weights(net, find_best(config.init_from)[1])
     training = _Training(config, run, store, net, device, peak_flops, began)
     table = size_table(config, DTYPES[config.trainer.precision])
 
@@ -145,11 +145,6 @@ def _start_step(config: TrainConfig, run: RunFolder, state: dict[str, Any]) -> i
             f"{run.path} already has {done} steps, trainer.max_steps={wanted}: give a larger one to train on"
         )
     return done
-
-
-def _best_of(path: str) -> Path:
-    run, checkpoint = find_run(path)
-    return run.best if checkpoint == run.last and run.best.is_file() else checkpoint
 
 
 class _Training:

@@ -20,7 +20,7 @@ from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
 from mla_lm.evaluate import metrics_of, totals_of
 from mla_lm.hardware import choose_accelerator, inference_autocast
-from mla_lm.run import find_run, load_run
+from mla_lm.run import find_best, load_run
 
 
 def parse() -> argparse.Namespace:
@@ -60,7 +60,7 @@ def main() -> None:
 def tokens_of_split(run: str, split: str, tokenizer: Tokenizer, config: TrainConfig) -> Tokens:
     """A split of the very data that the run was trained on; UserError where they have changed."""
     store = open_store(config.data, tokenizer if config.init_from else None)
-    if store.fingerprint != load_checkpoint(find_run(run)[1])["data_fingerprint"]:
+    if store.fingerprint != load_checkpoint(find_best(run)[1])["data_fingerprint"]:
         raise UserError(f"the data of {run} have changed since ({store.description}): restore them, or give --files")
     return store.tokens(split)
 
