@@ -55,12 +55,25 @@ def choose_precision(wanted: str, device: str) -> tuple[str, str]:
     return "32-true", "this CPU has no bf16 instructions, and emulating them is slower"
 
 
-def choose_compile(wanted: bool | None, device: str, seconds_at_peak: float) -> tuple[bool, str]:
+def choose_compile(
+    wanted: bool | None, device: str, seconds_at_peak: float, document_mask: bool = False
+) -> tuple[bool, str]:
     """Whether to compile the network, and why.
 
     Args:
         seconds_at_peak: what the run's FLOPs take at the rate of a large matrix product
+        document_mask: attention takes the documents of each batch apart, which have other lengths every time
+
+    Raises:
+        UserError: it is wanted together with document_mask.
     """
+    if document_mask and wanted:
+        raise UserError(
+            "compile=true does not go with data.document_mask, whose documents have other lengths in every "
+            "batch: leave compile out"
+        )
+    if document_mask:
+        return False, "documents have other lengths in every batch"
     estimated_seconds = seconds_at_peak / UTILIZATION
     if wanted is not None:
         return wanted, "as asked"

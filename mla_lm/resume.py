@@ -12,7 +12,13 @@ from mla_lm.run import RunFolder
 
 GROUPS = ("model", "data", "optimizer", "schedule", "trainer", "logger")
 # Filled in when the run began; as composed, they only say: as it was.
-FILLED_IN = {"model.vocab_size": None, "trainer.precision": "auto", "trainer.accelerator": "auto", "compile": None}
+FILLED_IN = {
+    "model.vocab_size": None,
+    "model.document_token": None,
+    "trainer.precision": "auto",
+    "trainer.accelerator": "auto",
+    "compile": None,
+}
 
 
 def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> TrainConfig:
@@ -56,6 +62,7 @@ def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
         if key.startswith("data.tokenizer.") and not by_group:
             raise UserError(f"{key}: the tokenizer of {run.path} comes with its weights; leave it out")
     ours = flatten(asdict(run.config()))
+    del ours["model.document_token"]  # data.document_mask of the new run decides
     inherited = {key: value for key, value in ours.items() if key.startswith(("model.", "data.tokenizer."))}
     changes = {key: theirs[key] for key in named if key.startswith("model.") and key != "model.vocab_size"}
     return _with(composed, inherited | changes)

@@ -66,10 +66,12 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
     choices.append(f"precision   {config.trainer.precision} ({why})")
 
     store = _open_data(config, run, state)
-    config.model.vocab_size = _vocabulary(config, store)
+    _take_from_tokenizer(config, store)
     datamodule = TextDataModule(config, store)
     peak_flops = matmul_flops_per_second(device, config.trainer.precision) * config.world_size
-    config.compile, why = choose_compile(config.compile, device, _training_flops(config) / peak_flops)
+    config.compile, why = choose_compile(
+        config.compile, device, _training_flops(config) / peak_flops, config.data.document_mask
+    )
     choices.append(f"compile     {config.compile} ({why})")
 
     torch.manual_seed(config.seed)
@@ -97,14 +99,18 @@ def _load_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _vocabulary(config: TrainConfig, store: TokenStore) -> int:
-    """Entries of the tokenizer; UserError where model.vocab_size says otherwise."""
-    size = vocabulary_size(store.tokenizer)
-    if config.model.vocab_size not in (None, size):
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size}, but the tokenizer has {size} entries: leave it out"
-        )
-    return size
+def _take_from_tokenizer(config: TrainConfig, store: TokenStore) -> None:
+    """Fill in what the model owes to the tokenizer; UserError where the configuration says otherwise."""
+    there = {
+        "vocab_size": vocabulary_size(store.tokenizer),
+        "document_token": store.end_of_text_id if config.data.document_mask else None,
+    }
+    for key, value in there.items():
+        if (given := getattr(config.model, key)) not in (None, value):
+            raise UserError(
+                f"model.{key}={given}, but with this tokenizer and data.document_mask it is {value}: leave it out"
+            )
+        setattr(config.model, key, value)
 
 
 def _prepare_folder(config: TrainConfig, run: RunFolder, store: TokenStore, checkpoint: Path | None) -> None:

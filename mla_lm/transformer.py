@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig
 from mla_lm.attention.cache import ModelCache
+from mla_lm.attention.documents import Documents
 from mla_lm.errors import UserError
 from mla_lm.loss import linear_cross_entropy
 
@@ -28,7 +29,7 @@ class AttentionConfig:
 
 @dataclass
 class TransformerConfig:
-    """Sizes of the whole model. `vocab_size=None` is filled in from the tokenizer by train.py.
+    """Sizes of the whole model. `vocab_size` and `document_token` are filled in by train.py.
 
     `layer_config` raises UserError (a ValueError) for sizes that cannot be.
     """
@@ -39,7 +40,8 @@ class TransformerConfig:
     seq_len: int = 256
     ff_hidden: int = 640
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    vocab_size: int | None = None
+    vocab_size: int | None = None  # entries of the tokenizer
+    document_token: int | None = None  # id that begins a document: attention then stays within documents
     dropout: float = 0.0
     use_bias: bool = False
     tie_embeddings: bool = True
@@ -114,8 +116,8 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=1e-6)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, cache=None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache)
+    def forward(self, x: Tensor, cache=None, documents: Documents | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, documents)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
@@ -156,7 +158,7 @@ class Transformer(nn.Module):
         """Logits, or the loss where targets are given.
 
         Args:
-            tokens: (B, T) ids; with a cache, those that follow what it holds
+            tokens: (B, T) ids; with a cache, those that follow what it holds, all of one document
             targets: (B, T) ids to predict, -100 where there is nothing to predict
             cache: what `new_cache` made; the tokens are appended to it
             reduction: of the loss: "mean" over predicted tokens, or "none"; unused without targets
@@ -175,13 +177,16 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: Tensor, cache: ModelCache | None = None) -> Tensor:
         """What the head reads, (B, T, d_model); arguments and errors as of `forward`."""
         x = self.embedding(tokens)
+        documents = None
+        if self.config.document_token is not None and cache is None:
+            documents = Documents.find(tokens, self.config.document_token)
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 x = block(x, cache.layers[i])
             elif self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, documents, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, documents=documents)
         return self.norm(x)
 
     def new_cache(self, batch_size: int, max_len: int | None = None, dtype: torch.dtype | None = None) -> ModelCache:

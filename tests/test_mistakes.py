@@ -33,6 +33,8 @@ MISTAKES = [
     (["data.tokenizer.kind=characters", "data.prompts=[☃]"], ["☃"]),
     (["samples.max_tokens=4", "data.prompts=[" + "word" * 50 + "]"], ["data.prompts", "model.seq_len=32"]),
     (["model.vocab_size=100"], ["model.vocab_size=100"]),
+    (["model.document_token=1"], ["model.document_token=1", "data.document_mask"]),
+    (["data.document_mask=true", "compile=true"], ["compile=true", "data.document_mask"]),
     (["ckpt_path=a", "init_from=b"], ["a"]),
     (["experiment=foo"], ["experiment=foo"]),
     (["seed=1,2"], ["seed", "-m"]),

@@ -1,5 +1,6 @@
 """train.py from the command line to the run folder."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import torch
 import yaml
 
 import mla_lm
+from mla_lm import cli
 from mla_lm.attention.cache import ModelCache
 from mla_lm.data.store import open_store
-from tests.conftest import ROOT, SMALL, refused, rows_of, succeeded, summary_of
+from mla_lm.data.tokenizer import end_of_text_id
+from scripts import evaluate
+from tests.conftest import ROOT, SMALL, call_main, refused, rows_of, succeeded, summary_of
 
 SUMMARY = [
     "finished",
@@ -207,6 +211,28 @@ def test_standard_library(train, tmp_path):
 def test_variants(train, tmp_path, extra):
     succeeded(train(*extra, "trainer.max_steps=2", "hydra.run.dir=run"))
     assert summary_of(tmp_path / "run")["finished"]
+
+
+def test_document_mask(train, tmp_path, corpus):
+    """It reaches training, evaluation, and whoever loads the run; a new run from its weights decides for itself."""
+    lines = [line for line in corpus.read_text().splitlines() if line.strip()]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    data = ("data.files=lines.jsonl", "trainer.max_steps=2")
+    succeeded(train(*data, "data.document_mask=true", "hydra.run.dir=masked"))
+    succeeded(train(*data, "hydra.run.dir=plain"))
+    model, tokenizer, _ = mla_lm.load_run(tmp_path / "masked")
+    assert model.config.document_token == end_of_text_id(tokenizer)
+    masked, plain = (summary_of(tmp_path / name) for name in ("masked", "plain"))
+    assert masked["train_loss"] != plain["train_loss"]
+    assert masked["test_loss"] != plain["test_loss"]
+    result = call_main(lambda: cli.run(evaluate.main), ["evaluate", "masked", "--json", "out.json"], tmp_path)
+    succeeded(result)
+    assert json.loads((tmp_path / "out.json").read_text())["loss"] == pytest.approx(masked["test_loss"], abs=1e-6)
+    succeeded(train.bare("ckpt_path=masked", "trainer.max_steps=3"))
+    data = [o for o in (*train.data, *data) if not o.startswith("data.tokenizer")]
+    rest = ("trainer.accelerator=cpu", "logger=none", "tokens_per_step=64", "samples.max_tokens=0")
+    succeeded(train.bare(*data, *rest, "init_from=masked", "hydra.run.dir=tuned"))
+    assert mla_lm.load_run(tmp_path / "tuned")[0].config.document_token is None
 
 
 def test_wandb_keeps_one_run_over_a_resume(train, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.cache import LayerCache
+from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.fused import causal_attention
 from mla_lm.attention.rope import RotaryEmbedding, rotate
 from mla_lm.attention.sizes import check_positive
@@ -55,12 +56,13 @@ class MHA(nn.Module):
         self.rope = RotaryEmbedding(self.head_dim, c.seq_len, c.rope_base)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         """Attend causally over x, or over the cache and x, which is appended to it.
 
         Args:
             x: (B, T, d_model)
             cache: what `new_cache` made
+            documents: without a cache, attend within each of these only
 
         Returns:
             (B, T, d_model)
@@ -70,12 +72,17 @@ class MHA(nn.Module):
         """
         B, T, _ = x.shape
         cos, sin = self.rope(0 if cache is None else cache.length, T)
+        if documents is not None:
+            cos, sin = cos[documents.positions], sin[documents.positions]
         q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = (tensor.to(q.dtype) for tensor in cache.append(k, v))
-        out = causal_attention(q, k, v, self.head_dim**-0.5)
+        if documents is None:
+            out = causal_attention(q, k, v, self.head_dim**-0.5)
+        else:
+            out = document_attention(q, k, v, self.head_dim**-0.5, documents)
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
 
     def new_cache(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.cache import LayerCache
+from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.fused import causal_attention
 from mla_lm.attention.rope import RotaryEmbedding, rotate
 from mla_lm.attention.sizes import check_positive
@@ -86,12 +87,13 @@ class MLA(nn.Module):
         self.rope = RotaryEmbedding(c.rope_dim, c.seq_len, c.rope_base)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         """Attend causally over x, or over the cache and x, which is appended to it.
 
         Args:
             x: (B, T, d_model)
             cache: what `new_cache` made
+            documents: without a cache, attend within each of these only
 
         Returns:
             (B, T, d_model)
@@ -102,6 +104,8 @@ class MLA(nn.Module):
         c = self.config
         B, T, _ = x.shape
         cos, sin = self.rope(0 if cache is None else cache.length, T)
+        if documents is not None:
+            cos, sin = cos[documents.positions], sin[documents.positions]
 
         q = self.q_proj(x) if c.q_compressed_dim is None else self.q_up(self.q_norm(self.q_down(x)))
         q_nope, q_rope = q.view(B, T, c.num_heads, self.qk_dim).split((c.nope_dim, c.rope_dim), dim=-1)
@@ -111,7 +115,7 @@ class MLA(nn.Module):
         k_rope = rotate(k_rope.unsqueeze(2), cos, sin)  # (B, T, 1, rope_dim): shared by all heads
 
         if cache is None:
-            out = self._decompressed(q_nope, q_rope, latent, k_rope)
+            out = self._decompressed(q_nope, q_rope, latent, k_rope, documents)
         else:
             entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1)  # (B, T, kv_compressed_dim + rope_dim)
             (entries,) = cache.append(entry.unsqueeze(1))
@@ -123,7 +127,9 @@ class MLA(nn.Module):
                 out = self._decompressed(q_nope, q_rope, latent, k_rope.unsqueeze(2))
         return self.dropout(self.out_proj(out))
 
-    def _decompressed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+    def _decompressed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents | None = None
+    ) -> Tensor:
         """Attention on keys and values computed from the latents (eqs. 9 to 19).
 
         Shapes: q_nope (B, T, H, nope_dim), q_rope (B, T, H, rope_dim), latent (B, S, kv_compressed_dim),
@@ -134,7 +140,11 @@ class MLA(nn.Module):
         k_nope, v = kv.split((c.nope_dim, c.value_dim), dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, -1, c.num_heads, -1)), dim=-1)
-        out = causal_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if documents is None:
+            out = causal_attention(q, k, v, self.scale)
+        else:
+            out = document_attention(q, k, v, self.scale, documents)
         return out.transpose(1, 2).flatten(2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:

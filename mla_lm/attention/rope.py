@@ -9,12 +9,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (B, T, H, D)
-        cos, sin: (T, D/2), in fp32
+        cos, sin: (T, D/2) or (B, T, D/2), in fp32
 
     Returns:
         (B, T, H, D), in x's dtype
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (T, 1, D/2): the same for all heads
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 

@@ -57,6 +57,7 @@ class DataConfig:
     max_characters: int | None = None  # source=hub: stream no more than this of each split; None: download it whole
     column: str = "text"  # of .jsonl, .json and .parquet files and of source=hub
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    document_mask: bool = False  # attention stays within a document, and positions begin anew with it
     val_tokens: int = 65536  # a validation predicts at most this many tokens (but at least one window)
     cache_dir: str = "data/cache"  # token stores
     num_workers: int = 0  # processes that load batches; tokens are memory-mapped, so 0 is usually fastest
