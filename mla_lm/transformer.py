@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig
 from mla_lm.attention.cache import ModelCache
 from mla_lm.attention.documents import Documents
+from mla_lm.attention.rope import YarnConfig
 from mla_lm.errors import UserError
 from mla_lm.loss import linear_cross_entropy
 
@@ -25,6 +26,7 @@ class AttentionConfig:
     value_dim: int | None = None
     num_kv_heads: int | None = None
     rope_base: float = 10000.0
+    yarn: YarnConfig = field(default_factory=YarnConfig)
 
 
 @dataclass
@@ -68,6 +70,7 @@ class TransformerConfig:
             "dropout": self.dropout,
             "use_bias": self.use_bias,
             "rope_base": self.attention.rope_base,
+            "yarn": self.attention.yarn,
         }
         a = self.attention
         if self.attention_kind != "mla":

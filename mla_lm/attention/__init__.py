@@ -3,6 +3,6 @@
 from mla_lm.attention.cache import LayerCache
 from mla_lm.attention.mha import MHA, MHAConfig
 from mla_lm.attention.mla import MLA, MLAConfig
-from mla_lm.attention.rope import RotaryEmbedding, rotate
+from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 
-__all__ = ["MHA", "MLA", "LayerCache", "MHAConfig", "MLAConfig", "RotaryEmbedding", "rotate"]
+__all__ = ["MHA", "MLA", "LayerCache", "MHAConfig", "MLAConfig", "RotaryEmbedding", "YarnConfig", "rotate"]

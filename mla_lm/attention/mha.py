@@ -1,6 +1,6 @@
 """Multi-head, grouped-query (arXiv 2305.13245) and multi-query (arXiv 1911.02150) attention: the baselines."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mla_lm.attention.cache import LayerCache
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.fused import causal_attention
-from mla_lm.attention.rope import RotaryEmbedding, rotate
+from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 from mla_lm.attention.sizes import check_positive
 from mla_lm.errors import UserError
 
@@ -28,11 +28,13 @@ class MHAConfig:
     dropout: float = 0.0  # of the layer's output; the weights of attention are never dropped
     use_bias: bool = False
     rope_base: float = 10000.0
+    yarn: YarnConfig = field(default_factory=YarnConfig)
 
     def __post_init__(self):
         if self.num_kv_heads is None:
             self.num_kv_heads = self.num_heads
         check_positive(self, "d_model", "num_heads", "seq_len", "num_kv_heads", "rope_base")
+        self.yarn.check()
         if self.d_model % self.num_heads:
             raise UserError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}")
         if self.d_model // self.num_heads % 2:
@@ -48,12 +50,13 @@ class MHA(nn.Module):
         super().__init__()
         self.config = c = config
         self.head_dim = c.d_model // c.num_heads
+        self.scale = self.head_dim**-0.5 * c.yarn.score_scale
         kv_dim = c.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(c.d_model, c.d_model, bias=c.use_bias)
         self.k_proj = nn.Linear(c.d_model, kv_dim, bias=c.use_bias)
         self.v_proj = nn.Linear(c.d_model, kv_dim, bias=c.use_bias)
         self.out_proj = nn.Linear(c.d_model, c.d_model, bias=c.use_bias)
-        self.rope = RotaryEmbedding(self.head_dim, c.seq_len, c.rope_base)
+        self.rope = RotaryEmbedding(self.head_dim, c.seq_len, c.rope_base, c.yarn)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
@@ -80,9 +83,9 @@ class MHA(nn.Module):
         if cache is not None:
             k, v = (tensor.to(q.dtype) for tensor in cache.append(k, v))
         if documents is None:
-            out = causal_attention(q, k, v, self.head_dim**-0.5)
+            out = causal_attention(q, k, v, self.scale)
         else:
-            out = document_attention(q, k, v, self.head_dim**-0.5, documents)
+            out = document_attention(q, k, v, self.scale, documents)
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
 
     def new_cache(

@@ -1,6 +1,6 @@
 """Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mla_lm.attention.cache import LayerCache
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.fused import causal_attention
-from mla_lm.attention.rope import RotaryEmbedding, rotate
+from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 from mla_lm.attention.sizes import check_positive
 from mla_lm.errors import UserError
 
@@ -35,10 +35,12 @@ class MLAConfig:
     nope_dim: int | None = None  # [d_h]: the part of each query and key head without position
     value_dim: int | None = None  # [d_h]
     rope_base: float = 10000.0
+    yarn: YarnConfig = field(default_factory=YarnConfig)
 
     def __post_init__(self):
         check_positive(self, "d_model", "num_heads", "kv_compressed_dim", "q_compressed_dim", "rope_dim", "seq_len")
         check_positive(self, "nope_dim", "value_dim", "rope_base")
+        self.yarn.check()
         if self.d_model % self.num_heads:
             raise UserError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}")
         if self.rope_dim % 2:
@@ -71,7 +73,7 @@ class MLA(nn.Module):
         super().__init__()
         self.config = c = config
         self.qk_dim = c.nope_dim + c.rope_dim
-        self.scale = self.qk_dim**-0.5
+        self.scale = self.qk_dim**-0.5 * c.yarn.score_scale
         if c.q_compressed_dim is None:
             self.q_proj = nn.Linear(c.d_model, c.num_heads * self.qk_dim, bias=c.use_bias)
         else:
@@ -84,7 +86,7 @@ class MLA(nn.Module):
         # in a value, it adds a constant to the output, which out_proj's bias already does.
         self.kv_up = nn.Linear(c.kv_compressed_dim, c.num_heads * (c.nope_dim + c.value_dim), bias=False)
         self.out_proj = nn.Linear(c.num_heads * c.value_dim, c.d_model, bias=c.use_bias)  # W^O, eq. 19
-        self.rope = RotaryEmbedding(c.rope_dim, c.seq_len, c.rope_base)
+        self.rope = RotaryEmbedding(c.rope_dim, c.seq_len, c.rope_base, c.yarn)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:

@@ -1,7 +1,68 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864)."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), also beyond the trained length (YaRN, arXiv 2309.00071)."""
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from mla_lm.errors import UserError
+
+
+@dataclass
+class YarnConfig:
+    """YaRN as DeepSeek-V2 uses it (arXiv 2405.04434, section 3.1.4): fast pairs turn as they did, slow ones slower.
+
+    A pair that made more than `beta_fast` turns within the trained length is left as it is, one that made fewer than
+    `beta_slow` turns `factor` times slower, and between the two there is a ramp.
+    """
+
+    factor: float = 1.0  # seq_len over the length that was trained on; 1 is plain RoPE
+    original_seq_len: int | None = None  # the length that was trained on; None: seq_len / factor
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0  # attention is sharpened as it gets longer: scores times (0.1 mscale ln(factor) + 1)^2
+    mscale_all_dim: float = 1.0  # the part of it that also holds for what is not rotated; DeepSeek sets both alike
+
+    def check(self) -> None:
+        """Raises: UserError (a ValueError) for values that cannot be."""
+        if not 1 <= self.factor < math.inf:
+            raise UserError(f"yarn.factor={self.factor} must be a number from 1 on; 1 is without YaRN")
+        if self.original_seq_len is not None and self.original_seq_len < 1:
+            raise UserError(f"yarn.original_seq_len={self.original_seq_len} must be at least 1")
+        if not 0 < self.beta_slow < self.beta_fast < math.inf:
+            raise UserError(
+                f"yarn.beta_slow={self.beta_slow} and beta_fast={self.beta_fast} must be above 0, beta_slow the smaller"
+            )
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of all scores."""
+        return self._sharpening(self.mscale_all_dim) ** 2
+
+    @property
+    def amplitude(self) -> float:
+        """Factor of the cosines and sines."""
+        return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
+
+    def _sharpening(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1
+
+    def slow_down(self, frequency: Tensor, base: float, seq_len: int) -> Tensor:
+        """Angles per position, (D/2,), of plain RoPE to those of YaRN (arXiv 2309.00071, section 3.2)."""
+        if self.factor == 1:
+            return frequency
+        dim = 2 * len(frequency)
+        trained = self.original_seq_len or seq_len / self.factor
+
+        def pair_that_turns(times: float) -> float:
+            return dim * math.log(trained / (2 * math.pi * times)) / (2 * math.log(base))
+
+        first = max(math.floor(pair_that_turns(self.beta_fast)), 0)
+        last = min(math.ceil(pair_that_turns(self.beta_slow)), dim - 1)
+        pair = torch.arange(len(frequency), dtype=frequency.dtype)
+        slowed = ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)
+        return frequency * (1 - slowed) + frequency / self.factor * slowed
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -22,9 +83,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of every position below `seq_len`, in fp32 whatever the model is cast to."""
 
-    def __init__(self, dim: int, seq_len: int, base: float = 10000.0):
+    def __init__(self, dim: int, seq_len: int, base: float = 10000.0, yarn: YarnConfig | None = None):
         super().__init__()
-        self.dim, self.seq_len, self.base = dim, seq_len, base
+        self.dim, self.seq_len, self.base, self.yarn = dim, seq_len, base, yarn or YarnConfig()
         self.register_buffer("cos", torch.empty(seq_len, dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(seq_len, dim // 2), persistent=False)
         self._fill()
@@ -32,8 +93,9 @@ class RotaryEmbedding(nn.Module):
     def _fill(self) -> None:
         device = self.cos.device
         frequency = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu") / self.dim)
+        frequency = self.yarn.slow_down(frequency, self.base, self.seq_len)
         angle = torch.outer(torch.arange(self.seq_len, dtype=torch.float64, device="cpu"), frequency)
-        self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
+        self.cos, self.sin = ((self.yarn.amplitude * t).float().to(device) for t in (angle.cos(), angle.sin()))
 
     def _apply(self, fn, recurse=True):
         # .to(bfloat16) would round the angles, .to_empty() lose them: make them anew where the module now is.

@@ -1,10 +1,13 @@
 """The same weights in transformers' models give the same logits."""
 
+import math
+
 import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.attention import YarnConfig
 
 SIZES = {"num_layers": 2, "d_model": 64, "num_heads": 4, "seq_len": 32, "ff_hidden": 96, "vocab_size": 101}
 SHARED = {
@@ -89,6 +92,47 @@ def test_mla_is_deepseek_v3(q_compressed_dim, nope_dim, value_dim):
         num_nextn_predict_layers=0,
     )
     assert_equal_logits(ours, DeepseekV3ForCausalLM(config), MLA_NAMES)
+
+
+@pytest.mark.parametrize(("mscale", "mscale_all_dim"), [(1.0, 1.0), (0.707, 0.707), (1.0, 0.5)])
+@pytest.mark.parametrize("original_seq_len", [8, 200])
+def test_mla_with_yarn_is_deepseek_v3(mscale, mscale_all_dim, original_seq_len):
+    yarn = YarnConfig(4.0, original_seq_len, beta_fast=16.0, mscale=mscale, mscale_all_dim=mscale_all_dim)
+    ours = model_with_random_weights(AttentionConfig(kv_compressed_dim=24, rope_dim=16, nope_dim=8, yarn=yarn))
+    scaling = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": original_seq_len,
+        "beta_fast": 16.0,
+        "beta_slow": 1.0,
+        "mscale": mscale,
+        "mscale_all_dim": mscale_all_dim,
+    }
+    config = DeepseekV3Config(
+        **{**SHARED, "rope_parameters": scaling},
+        num_key_value_heads=4,
+        kv_lora_rank=24,
+        q_lora_rank=None,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=2,
+        rope_interleave=False,
+        num_nextn_predict_layers=0,
+    )
+    assert_equal_logits(ours, DeepseekV3ForCausalLM(config), MLA_NAMES)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+def test_mha_with_yarn_is_llama(num_kv_heads):
+    """Its scores are sharpened through the cosines and sines alone, which all of its dimensions go through."""
+    yarn = YarnConfig(4.0, 8, mscale=0.8, mscale_all_dim=0.3)
+    ours = model_with_random_weights(AttentionConfig(num_kv_heads=num_kv_heads, yarn=yarn))
+    scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+    scaling["attention_factor"] = 0.1 * 0.8 * math.log(4.0) + 1
+    theirs = LlamaForCausalLM(LlamaConfig(**{**SHARED, "rope_parameters": scaling}, num_key_value_heads=num_kv_heads))
+    assert_equal_logits(ours, theirs, MHA_NAMES)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_lm.attention import RotaryEmbedding, rotate
+from mla_lm import UserError
+from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig, RotaryEmbedding, YarnConfig, rotate
 
 
 @settings(max_examples=25, deadline=None)
@@ -60,3 +61,36 @@ def test_a_position_past_the_end():
     assert rope(63, 1)[0].shape == (1, 4)
     with pytest.raises(ValueError, match="65 tokens is longer than seq_len=64"):
         rope(64, 1)
+
+
+def test_yarn_slows_the_slow_pairs_only():
+    """Trained on 256 positions, 16 pairs: the first turns 41 times in them, the last not once."""
+    plain, slowed = (RotaryEmbedding(32, 1024, 10000.0, yarn) for yarn in (YarnConfig(), YarnConfig(factor=4.0)))
+    at_one = [rope(1, 1) for rope in (plain, slowed)]
+    angles = [torch.atan2(sin, cos).squeeze(0).double() for cos, sin in at_one]
+    ratio = angles[0] / angles[1]
+    torch.testing.assert_close(ratio[:1], torch.ones(1, dtype=torch.float64), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ratio[7:], torch.full((9,), 4.0, dtype=torch.float64), rtol=1e-4, atol=0)
+    assert (ratio.diff() > -1e-4).all()
+
+
+def test_yarn_with_factor_one_is_plain_rope():
+    plain, yarn = RotaryEmbedding(8, 64), RotaryEmbedding(8, 64, yarn=YarnConfig(mscale=0.5, original_seq_len=16))
+    assert torch.equal(plain.cos, yarn.cos)
+    assert YarnConfig(mscale_all_dim=0.3).score_scale == 1
+
+
+@pytest.mark.parametrize(
+    ("yarn", "named"),
+    [
+        (YarnConfig(factor=0.5), "factor=0.5"),
+        (YarnConfig(factor=float("nan")), "factor=nan"),
+        (YarnConfig(original_seq_len=0), "original_seq_len=0"),
+        (YarnConfig(beta_fast=1.0), "beta_slow=1.0"),
+    ],
+)
+def test_yarn_that_cannot_be(yarn, named):
+    with pytest.raises(UserError, match=named):
+        MLA(MLAConfig(32, 4, 12, None, 4, 64, yarn=yarn))
+    with pytest.raises(UserError, match=named):
+        MHA(MHAConfig(32, 4, 64, yarn=yarn))
