@@ -1,29 +1,27 @@
 """Continue prompts with a trained run, through its KV cache.
 
 Several prompts are continued at once, in one batch. Without a prompt, standard input is one; on a terminal every line
-is one, until Ctrl-D. An empty prompt begins a new document.
+is one, until Ctrl-D. With --versus two runs continue each prompt side by side, one token each in turns.
 """
 
 import argparse
 import os
 import sys
-import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor
 
 from mla_lm import cli
-from mla_lm.config import TrainConfig
-from mla_lm.data.tokenizer import decode, encode, end_of_text_id
+from mla_lm.columns import Column, Screen
+from mla_lm.continuation import Continuation, Decoding, in_turns
 from mla_lm.errors import UserError
-from mla_lm.generate import NOTHING, check_sampling, generate
-from mla_lm.hardware import DTYPES, choose_accelerator, inference_autocast
+from mla_lm.generate import check_sampling, generate
+from mla_lm.hardware import choose_accelerator, inference_autocast
 from mla_lm.report import human_bytes
-from mla_lm.run import load_run
-from mla_lm.transformer import Transformer
+from mla_lm.run import find_run, load_run
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 BETWEEN_TEXTS = "\n\n---\n\n"
@@ -31,6 +29,7 @@ EXAMPLES = r"""examples:
   python -m scripts.generate RUN --prompt "Once upon a time" --temperature 0 --max-tokens 64
   python -m scripts.generate RUN --prompt "def " --prompt "import " --top-p 0.9 --stop $'\n\n'
   python -m scripts.generate RUN < prompt.txt
+  python -m scripts.generate RUN --versus RUN2 --prompt "class "
 """
 
 
@@ -42,6 +41,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help="a run folder, or a checkpoint in one")
+    parser.add_argument("--versus", metavar="RUN2", help="another run, whose continuation is shown beside the first's")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     given.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file with the text to continue")
@@ -66,21 +66,25 @@ def main() -> None:
     args = parse()
     check(args)
     device, _ = choose_accelerator("auto")
-    model, tokenizer, config = load_run(args.run, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
+    runs = [SampledRun(path, device, args) for path in (args.run, args.versus) if path is not None]
+    continue_prompts = show_text
+    if args.versus is not None:
+        continue_prompts = show_columns
+        for run in runs:
+            run.warm_up()
     if args.prompt is not None or args.prompt_file is not None or not sys.stdin.isatty():
-        continue_prompts(read_prompts(args), model, tokenizer, config, args, generator)
+        continue_prompts(read_prompts(args), *runs)
         return
     for line in typed_lines():
         try:
-            continue_prompts([line], model, tokenizer, config, args, generator)
-        except UserError as error:  # one line too long need not end the conversation
+            continue_prompts([line], *runs)
+        except UserError as error:  # a line that is too long, or empty, need not end the conversation
             cli.report(error)
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for an option that cannot be, before anything is loaded."""
-    check_sampling(**{name: getattr(args, name) for name in SAMPLING})
+    check_sampling(**sampling_of(args))
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens {args.max_tokens} must be at least 1")
     if not 0 <= args.seed < 2**32:
@@ -89,110 +93,95 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--stop needs a text that is not empty")
 
 
-def continue_prompts(
-    prompts: list[str],
-    model: Transformer,
-    tokenizer: Tokenizer,
-    config: TrainConfig,
-    args: argparse.Namespace,
-    generator: torch.Generator,
-) -> None:
-    """Print each prompt with its continuation, then the speed and the cache's size on stderr."""
-    end, seq_len = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text), model.config.seq_len
-    texts = []
-    for prompt in prompts:
-        ids = encode(tokenizer, prompt)
-        if len(ids) + 1 >= seq_len:
-            raise UserError(f"the prompt has {len(ids) + 1} tokens, the model reads {seq_len}: shorten it")
-        room = min(args.max_tokens, seq_len - len(ids) - 1)
-        texts.append(Continuation(tokenizer, ids, end, room, args.stop, BETWEEN_TEXTS if texts else ""))
-    precision, device = config.trainer.precision, generator.device
-    steps = generate(
-        model,
-        [torch.tensor([end, *text.ids], device=device) for text in texts],  # a document begins after another's end
-        args.max_tokens,
-        **{name: getattr(args, name) for name in SAMPLING},
-        generator=generator,
-        dtype=DTYPES[precision],
-    )
-    start = time.perf_counter()
-    with inference_autocast(device.type, precision):
-        stream(steps, texts)
-    seconds = time.perf_counter() - start
-    new, stored = sum(text.new for text in texts), sum(len(text.ids) + 1 for text in texts)
-    cache_bytes = model.new_cache(1, stored, DTYPES[precision]).nbytes
-    print("\n", flush=True)
-    print(
-        f"{new} tokens, {new / seconds:.0f} tokens/s; KV cache of {stored} tokens: {human_bytes(cache_bytes)}",
-        file=sys.stderr,
-    )
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in SAMPLING}
 
 
-class Continuation:
-    """One prompt's text as it grows: up to the end of the document, the first stop string, or `room` new tokens.
+class SampledRun:
+    """A run, its name, and how it is sampled."""
 
-    Args:
-        ids: of the prompt
-        end: id that ends a document
-        room: new tokens at most, at least 1
-        stops: texts that end it; they are not shown, and one that begins in the prompt does not count
-        heading: shown before it
+    def __init__(self, path: str, device: str, args: argparse.Namespace):
+        self.run = load_run(path, device)
+        folder, checkpoint = find_run(path)
+        name = folder.path.name if Path(path).is_dir() else f"{folder.path.name}/{checkpoint.name}"
+        self.name = f"{name} ({self.run[0].config.attention_kind})"
+        self.options = {"max_tokens": args.max_tokens, "stops": args.stop, **sampling_of(args)}
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+
+    def begin(self, prompts: list[str]) -> Decoding:
+        return Decoding(self.run, prompts, generator=self.generator, **self.options)
+
+    def warm_up(self) -> None:
+        """Load what is loaded at first use, so that the run which comes first is not timed with it."""
+        model, _, config = self.run
+        with inference_autocast(self.generator.device.type, config.trainer.precision):
+            list(generate(model, torch.zeros(1, 1, dtype=torch.long, device=self.generator.device), max_tokens=2))
+
+
+def show_text(prompts: list[str], run: SampledRun) -> None:
+    """Print each prompt with its continuation as it grows, then the speed and the cache's size on stderr.
+
+    A text comes after those before it are done, as they all grow at once.
     """
-
-    def __init__(self, tokenizer: Tokenizer, ids: list[int], end: int, room: int, stops: list[str], heading: str = ""):
-        self.tokenizer, self.end, self.room, self.stops, self.heading = tokenizer, end, room, stops, heading
-        self.ids = list(ids)
-        self.text = decode(tokenizer, ids)
-        self.prompt_length = len(self.text)
-        self.new = 0  # tokens that came
-        self.shown = 0  # characters that `unshown` has given, the heading's among them
-        self.done = False
-
-    def add(self, token: int) -> None:
-        if token == self.end:
-            self.done = True
-            return
-        self.ids.append(token)
-        self.new += 1
-        self.text = decode(self.tokenizer, self.ids)
-        found = [self.text.find(stop, self.prompt_length) for stop in self.stops]
-        if stopped := [at for at in found if at >= 0]:
-            self.text = self.text[: min(stopped)]
-        self.done = bool(stopped) or self.new == self.room
-
-    def unshown(self) -> str:
-        """What has settled since the last call."""
-        settled = self.heading + self._settled()
-        new, self.shown = settled[self.shown :], max(self.shown, len(settled))
-        return new
-
-    def _settled(self) -> str:
-        """All but what later tokens may change: a character that is not whole, and the beginning of a stop string."""
-        text = self.text.rstrip("\N{REPLACEMENT CHARACTER}")
-        if self.done:
-            return text
-        most = len(text) - self.prompt_length
-        held = (n for stop in self.stops for n in range(1, len(stop)) if n <= most and text.endswith(stop[:n]))
-        return text[: len(text) - max(held, default=0)]
+    decoding, shown = run.begin(prompts), 0
+    for _ in chain([None], in_turns(decoding)):  # the prompt at once
+        settled = settled_text(decoding.texts)
+        print(settled[shown:], end="", flush=True)
+        shown = max(shown, len(settled))
+    print("\n", flush=True)
+    print(speed_and_cache(decoding), file=sys.stderr)
 
 
-def stream(steps: Iterator[Tensor], texts: list[Continuation]) -> None:
-    """Print the texts as they grow; each after those before it are done, as they all grow at once."""
-    print_settled(texts)
-    for ids in steps:
-        for text, token in zip(texts, ids.tolist(), strict=True):
-            if token != NOTHING and not text.done:
-                text.add(token)
-        print_settled(texts)
-        if all(text.done for text in texts):
-            return
+def settled_text(texts: list[Continuation]) -> str:
+    """Of the texts that are done, and the first that is not."""
+    growing = next((i for i, text in enumerate(texts) if not text.done), len(texts))
+    return BETWEEN_TEXTS.join(text.settled for text in texts[: growing + 1])
 
 
-def print_settled(texts: list[Continuation]) -> None:
-    for text in texts:
-        print(text.unshown(), end="", flush=True)
-        if not text.done:
-            return
+def speed_and_cache(decoding: Decoding) -> str:
+    return (
+        f"{decoding.new} tokens, {decoding.tokens_per_second:.0f} tokens/s; "
+        f"KV cache of {decoding.stored} tokens: {human_bytes(decoding.cache_bytes)}"
+    )
+
+
+def show_columns(prompts: list[str], *runs: SampledRun) -> None:
+    """Show each prompt as two runs continue it, in turns; then, on stderr, the speed and the cache of each."""
+    for decodings in [begin_both(prompt, runs) for prompt in prompts]:  # all are checked before the first is shown
+        screen = Screen()
+        for _ in in_turns(*decodings):
+            screen.draw(columns_of(runs, decodings))
+        screen.finish(columns_of(runs, decodings))
+        print(flush=True)
+        per_token = [decoding.cache_bytes_per_token for decoding in decodings]
+        for run, decoding, own, other in zip(runs, decodings, per_token, reversed(per_token), strict=True):
+            cache = f"{own:,} B/token, {own / other:.3f} of the other's"
+            print(f"{run.name}: {speed_and_cache(decoding)}, {cache}", file=sys.stderr)
+
+
+def begin_both(prompt: str, runs: tuple[SampledRun, ...]) -> list[Decoding]:
+    """UserError where a run cannot continue the prompt, naming it: they may differ in seq_len and tokenizer."""
+    decodings = []
+    for run in runs:
+        try:
+            decodings.append(run.begin([prompt]))
+        except UserError as error:
+            raise UserError(f"{run.name}: {error}") from error
+    return decodings
+
+
+def columns_of(runs: tuple[SampledRun, ...], decodings: list[Decoding]) -> list[Column]:
+    columns = []
+    for run, decoding in zip(runs, decodings, strict=True):
+        (text,) = decoding.texts
+        figures = [
+            f"{decoding.stored} tokens",
+            f"{human_bytes(decoding.cache_bytes)} of cache",
+            f"({decoding.cache_bytes_per_token:,} B/token)",
+            f"{decoding.tokens_per_second:.0f} tokens/s",
+        ]
+        columns.append(Column(run.name, text.settled, figures))
+    return columns
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

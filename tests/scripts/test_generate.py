@@ -3,6 +3,8 @@
 import io
 import os
 import pty
+import re
+import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -12,18 +14,23 @@ import torch
 
 import mla_lm
 from mla_lm import cli
+from mla_lm.columns import column_width
 from mla_lm.data.tokenizer import decode, encode
 from scripts import generate
-from tests.conftest import Result, TrainCommand, call_main, refused, succeeded
+from tests.conftest import ROOT, Result, TrainCommand, call_main, refused, succeeded, summary_of
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, corpus) -> Path:
-    """Where the run `mla` is, trained until it repeats more than spaces."""
+    """Where the run `mla` is, trained until it repeats more than spaces, and `mha`, which differs in all it can."""
     folder = tmp_path_factory.mktemp("runs")
     data = ("data=text", f"data.files={corpus}", "data.val_tokens=512", f"data.cache_dir={corpus.parent / 'cache'}")
     steps = ("trainer.max_steps=40", "val_every_n_steps=40", "checkpoint.every_n_steps=40", "optimizer.lr=0.01")
-    succeeded(TrainCommand(folder, data)("data.tokenizer.vocab_size=300", *steps, "hydra.run.dir=mla"))
+    train = TrainCommand(folder, data)
+    succeeded(train("data.tokenizer.vocab_size=300", *steps, "hydra.run.dir=mla"))
+    plain = [f"model.attention.{name}=null" for name in ("kv_compressed_dim", "rope_dim", "nope_dim", "value_dim")]
+    other = ("data.tokenizer.kind=bytes", "model.seq_len=16", "trainer.precision=bf16-mixed", *plain)
+    succeeded(train(*other, *steps, "hydra.run.dir=mha"))
     return folder
 
 
@@ -54,7 +61,7 @@ def test_greedy_decoding(folder):
 
 
 def test_several_prompts_each_as_if_alone(folder):
-    prompts = ["import os, sys, re", "d", "", "class A:\n    pass"]
+    prompts = ["import os, sys, re", "d", "\n", "class A:\n    pass"]
     options = [option for prompt in prompts for option in ("--prompt", prompt)]
     result = succeeded(call(folder, "mla", *options, "--temperature", "0", "--max-tokens", "9"))
     expected = [expected_text(folder, prompt, 9) for prompt in prompts]
@@ -97,22 +104,6 @@ def test_a_stop_string_ends_the_text_before_it(folder, length):
     assert succeeded(call(folder, "mla", "--prompt", "def f(", *options)).stdout == whole[:at] + "\n\n"
 
 
-def test_what_may_begin_a_stop_string_is_held_back(folder):
-    """Shown as soon as it is sure, lost never, whatever the tokens are cut into."""
-    _, tokenizer, _ = mla_lm.load_run(folder / "mla")
-    text, shown = "a<e|<end|é<endé", ""
-    ids = encode(tokenizer, text)
-    growing = generate.Continuation(tokenizer, [], end=-1, room=len(ids), stops=["<end>", "é<end|"])
-    for token in ids:
-        growing.add(token)
-        shown += growing.unshown()
-        assert text.startswith(shown)
-        rest = text[len(shown) :] if growing.done else growing.text.rstrip("\N{REPLACEMENT CHARACTER}")[len(shown) :]
-        assert any(stop.startswith(rest) for stop in growing.stops)
-    assert growing.done
-    assert shown == text
-
-
 @pytest.fixture
 def terminal(monkeypatch):
     """A terminal as standard input; what is written to the descriptor has been typed there."""
@@ -127,22 +118,128 @@ def terminal(monkeypatch):
 
 
 def test_interactive(folder, terminal):
-    os.write(terminal, b"def f(\n" + b"word " * 40 + b"\n\n\x04")
+    os.write(terminal, b"def f(\n" + b"word " * 40 + b"\n\nclass A\n\x04")
     result = succeeded(call(folder, "mla", "--temperature", "0", "--max-tokens", "8"))
-    texts = [expected_text(folder, prompt, 8) for prompt in ("def f(", "")]
-    assert result.stdout == f"> {texts[0]}\n\n> > {texts[1]}\n\n> \n"
+    texts = [expected_text(folder, prompt, 8) for prompt in ("def f(", "class A")]
+    assert result.stdout == f"> {texts[0]}\n\n> > > {texts[1]}\n\n> \n"
     assert result.stderr.count("KV cache") == 2
-    assert "error: the prompt has" in result.stderr
+    assert re.findall(r"error: (the prompt \w+ \w+)", result.stderr) == ["the prompt has 161", "the prompt is empty"]
+
+
+SIDE = column_width(2, 400)  # cells of a column, enough for any line of these texts
+
+
+def sides(result: Result) -> list[list[str]]:
+    """The rows of both columns: heading, a rule, text, figures; without spaces at their ends."""
+    rows = result.stdout.rstrip("\n").split("\n")
+    return [[row[:SIDE].rstrip() for row in rows], [row[SIDE + len(" | ") :].rstrip() for row in rows]]
+
+
+def versus(monkeypatch, folder: Path, *arguments: str) -> Result:
+    monkeypatch.setenv("COLUMNS", "400")
+    return succeeded(call(folder, *arguments))
+
+
+@pytest.mark.parametrize("options", [("--temperature", "0"), ("--seed", "5"), ("--stop", "e", "--top-p", "0.9")])
+def test_versus_is_what_each_run_gives_alone(folder, monkeypatch, options):
+    arguments = ("--prompt", "def f(", "--max-tokens", "20", *options)
+    result = versus(monkeypatch, folder, "mla", "--versus", "mha", *arguments)
+    for name, rows in zip(("mla", "mha"), sides(result), strict=True):
+        assert rows[0] == f"{name} ({name})"
+        alone = succeeded(call(folder, name, *arguments))
+        text = [row.expandtabs(4).rstrip() for row in alone.stdout.removesuffix("\n\n").split("\n")]
+        assert rows[2:-1] == text + [""] * (len(rows) - 3 - len(text))
+        stored, cache = re.search(r"KV cache of (\d+) tokens: (.*)", alone.stderr).groups()
+        per_token = int(summary_of(folder / name)["kv_cache_bytes_per_token"])
+        assert rows[-1].startswith(f"{stored} tokens  {cache} of cache  ({per_token:,} B/token)  ")
+
+
+def test_what_versus_ends_with(folder, monkeypatch):
+    result = versus(monkeypatch, folder, "mla", "--versus", "mha/checkpoints/last.ckpt", "--prompt", "def f(")
+    mla, mha = (int(summary_of(folder / name)["kv_cache_bytes_per_token"]) for name in ("mla", "mha"))
+    assert mla != mha
+    first, second = result.stderr.splitlines()
+    assert re.fullmatch(rf"mla \(mla\): \d+ tokens, \d+ tokens/s; .* {mla:,} B/token, {mla / mha:.3f} of .*", first)
+    assert re.fullmatch(rf"mha/last.ckpt \(mha\): .* of 16 tokens: .* {mha:,} B/token, {mha / mla:.3f} of .*", second)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_a_run_versus_itself(folder, monkeypatch, temperature):
+    prompts = ("--prompt", "def f(", "--prompt", "import ")
+    result = versus(monkeypatch, folder, "mla", "--versus", "mla", *prompts, "--temperature", temperature)
+    left, right = ([row for row in rows if not row.endswith("tokens/s")] for rows in sides(result))
+    assert left == right
+    assert sum(row.startswith(("def f(", "import")) for row in left) == 2
+    assert result.stderr.count(", 1.000 of the other's") == 4
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_both_grow_in_turns(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate", "mla", "--versus", "mha", "--prompt", "def f(", "--temperature", "0"])
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="0"):
+        cli.run(generate.main)
+    frames = re.split(r"\x1b\[\d+A", sys.stdout.getvalue())
+    counts = [[int(count) for count in re.findall(r"(\d+) tokens  \S+ \S+ of cache", frame)] for frame in frames]
+    for name, tokens in zip(("mla", "mha"), zip(*counts, strict=True), strict=True):
+        prompt = 1 + len(encode(mla_lm.load_run(folder / name)[1], "def f("))
+        grown = [min(prompt + rounds, max(tokens)) for rounds in range(1, len(frames))]
+        assert list(tokens) == [*grown, max(tokens)]  # what is final is drawn once more
+    assert len(frames) > 10
+
+
+def test_versus_interactive(folder, terminal, monkeypatch):
+    os.write(terminal, b"def f(\n\nimport os, sys,\nclass A\n\x04")
+    result = versus(monkeypatch, folder, "mla", "--versus", "mha", "--max-tokens", "4")
+    assert result.stdout.count("mla (mla)") == 2
+    assert result.stderr.count("B/token") == 4
+    assert "error: mla (mla): the prompt is empty" in result.stderr
+    assert "error: mha (mha): the prompt has 16 tokens, the model reads 16" in result.stderr
 
 
 def test_mistakes(folder):
     refused(call(folder, "nothing", "--prompt", "x"), "nothing", "does not exist")
     refused(call(folder, ".", "--prompt", "x"), "no run folder")
-    refused(call(folder, "mla", "--prompt", "x", "--prompt", "word " * 100), "tokens", "32")
+    refused(call(folder, "mla", "--versus", "nothing", "--prompt", "x"), "nothing", "does not exist")
+    refused(call(folder, "mla", "--versus", ".", "--prompt", "x"), "no run folder")
     refused(call(folder, "mla", "--prompt-file", "missing.txt"), "missing.txt")
     refused(call(folder, "mla", "--prompt-file", "x", "--prompt", "x"), "--prompt-file", "not allowed with")
     (folder / "latin.txt").write_bytes(b"\xe9t\xe9")
     refused(call(folder, "mla", "--prompt-file", "latin.txt"), "cannot be read")
+
+
+def test_a_prompt_longer_than_the_context(folder):
+    refused(
+        call(folder, "mla", "--prompt", "x", "--prompt", "word " * 100), "has", "tokens, the model reads 32: shorten"
+    )
+    # The second prompt is too long for the second run: nothing of the first is shown before.
+    both = call(folder, "mla", "--versus", "mha", "--prompt", "x", "--prompt", "import os, sys, re")
+    refused(both, "mha (mha): the prompt has 19 tokens, the model reads 16: shorten")
+    assert both.stdout == ""
+
+
+@pytest.mark.parametrize("options", [(), ("--versus", "mha")], ids=["alone", "versus"])
+def test_an_empty_prompt(folder, monkeypatch, options):
+    words = ("the prompt is empty", "--prompt $'\\n'")
+    refused(call(folder, "mla", *options, "--prompt", ""), *words)
+    refused(call(folder, "mla", *options, "--prompt", "x", "--prompt", ""), *words)
+    (folder / "empty.txt").write_text("")
+    refused(call(folder, "mla", *options, "--prompt-file", "empty.txt"), *words)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    refused(call(folder, "mla", *options), *words)
+    assert succeeded(call(folder, "mla", *options, "--prompt", "\n")).stdout.strip("\n")
+
+
+def test_started_by_its_path(folder):
+    script = [sys.executable, str(ROOT / "scripts" / "generate.py"), "nothing"]
+    result = subprocess.run(script, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    refused(Result(result.returncode, result.stdout, result.stderr), "nothing does not exist")
 
 
 @pytest.mark.parametrize(
