@@ -1,5 +1,6 @@
 """Checkpoints on disk: plain data, whole or not at all."""
 
+import contextlib
 import os
 import pickle
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's word for a full disk
         raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class TrainConfig:
     micro_batch_tokens: int = 8192  # at most this many go through a device at once; accumulation follows
     val_every_n_steps: int = 300
     log_every_n_steps: int = 20
+    loss_by_position: bool = False  # before and after training, as a table and a plot in the run folder
     tags: list[str] = field(default_factory=list)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -148,6 +149,7 @@ INCIDENTAL = (
     "micro_batch_tokens",
     "val_every_n_steps",
     "log_every_n_steps",
+    "loss_by_position",
     "tags",
     "checkpoint",
     "samples",
@@ -174,10 +176,27 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
+def differing(configs: list[TrainConfig]) -> list[str]:
+    """Dotted keys by which these configurations differ, in the order of the fields.
+
+    Left out are incidental keys, other than the steps and the precision, and what train.py fills in from other keys.
+    """
+    flat = [flatten(asdict(config)) for config in configs]
+    filled_in = ("model.vocab_size", "model.document_token")
+    kept = ("trainer.max_steps", "trainer.precision")
+    keys = [key for key in flat[0] if key in kept or not (is_incidental(key) or key in filled_in)]
+    return [key for key in keys if any(config[key] != flat[0][key] for config in flat)]
+
+
 def config_hash(config: TrainConfig) -> str:
     """Hex hash of what decides the result: the resolved config less paths, logging and hardware."""
-    paths = ("init_from", "data.files", "data.tokenizer.file")
-    kept = {k: v for k, v in flatten(asdict(config)).items() if not is_incidental(k) and k not in paths}
+
+    def without_paths(flat: dict) -> dict:  # a `path` that is no folder is a name on the Hub
+        here = ("init_from", "files", "file")
+        return {k: v for k, v in flat.items() if k.split(".")[-1] not in here and not os.path.isabs(str(v))}
+
+    kept = {k: v for k, v in without_paths(flatten(asdict(config))).items() if not is_incidental(k)}
+    kept["data.parts"] = [without_paths(flatten(part)) for part in kept["data.parts"]]
     kept["trainer.max_steps"] = config.trainer.max_steps
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -189,14 +208,15 @@ def make_paths_absolute(config: TrainConfig) -> None:
         return os.path.abspath(os.path.expanduser(path))
 
     data = config.data
-    if isinstance(data.files, str | int | float):  # data.files=2024 comes as a number
-        data.files = absolute(str(data.files))
-    elif data.files:
-        data.files = [absolute(str(path)) for path in data.files]
+    for corpus in (data, *data.parts):
+        if isinstance(corpus.files, str | int | float):  # data.files=2024 comes as a number
+            corpus.files = absolute(str(corpus.files))
+        elif corpus.files:
+            corpus.files = [absolute(str(path)) for path in corpus.files]
     data.cache_dir = absolute(data.cache_dir)
     if data.tokenizer.file:
         data.tokenizer.file = absolute(data.tokenizer.file)
-    for named in (data, data.tokenizer):  # a name on the Hub, or a folder laid out like it
+    for named in (data, *data.parts, data.tokenizer):  # a name on the Hub, or a folder laid out like it
         if named.path and os.path.isdir(os.path.expanduser(named.path)):
             named.path = absolute(named.path)
 

@@ -40,12 +40,24 @@ def _size_row(size: ModelSize, config: TrainConfig, dtype: torch.dtype, mha_elem
 
 
 def data_lines(store: TokenStore) -> list[str]:
-    """What there is to train, validate and test on."""
-    counts = ", ".join(
+    """What there is to train, validate and test on, and what each part of a mixture contributes."""
+    lines = [f"data        {store.description}{_skipped(store)}"]
+    if store.mixed:
+        lines = [f"data        a mixture of {len(store.mixed)} parts"]
+        for weight, part in store.mixed:
+            lines += [f"  {weight:<10g}{part.description}{_skipped(part)}", f"            {_counts(part)}"]
+        lines.append("  all")
+    return [*lines, f"            {_counts(store)}"]
+
+
+def _skipped(store: TokenStore) -> str:
+    return f"; {len(store.skipped)} could not be decoded" if store.skipped else ""
+
+
+def _counts(store: TokenStore) -> str:
+    return ", ".join(
         f"{split} {count:,} tokens ({human_bytes(store.text_bytes[split])})" for split, count in store.counts.items()
     )
-    skipped = f"; {len(store.skipped)} could not be decoded" if store.skipped else ""
-    return [f"data        {store.description}{skipped}", f"            {counts}"]
 
 
 def human_bytes(count: float) -> str:

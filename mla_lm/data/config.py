@@ -1,11 +1,16 @@
 """What a user may say about data: which text, which tokenizer, where the token cache lives."""
 
-from dataclasses import dataclass, field
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mla_lm.errors import UserError
 
 SOURCES = ("python_stdlib", "text", "characters", "hub")
+MIXTURE = "mixture"  # the source that is several others
+SMALLEST_WEIGHT = 0.001  # a place in every 1,000 training windows
 TOKENIZER_KINDS = ("bpe", "file", "hub", "characters", "bytes")
 SMALLEST_BPE = 257  # the 256 bytes and the end-of-text token
 
@@ -46,7 +51,9 @@ class SplitsConfig:
 
 
 @dataclass
-class DataConfig:
+class CorpusConfig:
+    """Which text."""
+
     source: str = "python_stdlib"  # python_stdlib | text | characters | hub
     files: Any = None  # a path or glob, or a list of them, relative to the working directory
     path: str | None = None  # source=hub: organisation/name of a dataset, or a folder laid out like one
@@ -56,20 +63,13 @@ class DataConfig:
     lines: bool = False  # source=hub: rows are the lines of one text, not documents
     max_characters: int | None = None  # source=hub: stream no more than this of each split; None: download it whole
     column: str = "text"  # of .jsonl, .json and .parquet files and of source=hub
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    document_mask: bool = False  # attention stays within a document, and positions begin anew with it
-    val_tokens: int = 65536  # a validation predicts at most this many tokens (but at least one window)
-    cache_dir: str = "data/cache"  # token stores
-    num_workers: int = 0  # processes that load batches; tokens are memory-mapped, so 0 is usually fastest
-    prompts: list[str] = field(default_factory=list)  # what samples are continued from; empty: a new document
 
     def check(self) -> None:
         """Raises: UserError for values that do not exist or do not go together."""
         _check_choice("data.source", self.source, SOURCES)
-        self.tokenizer.check()
         if self.source == "hub":
             self._check_hub()
-        elif self._of_hub() != DataConfig()._of_hub():
+        elif self._of_hub() != CorpusConfig()._of_hub():
             raise UserError(
                 f"data.path, name, revision, splits, lines and max_characters are not read by data={self.source}: "
                 "choose data=hub"
@@ -78,10 +78,6 @@ class DataConfig:
             raise UserError(f"data.files is not read by data={self.source}: choose data=text for your own files")
         if self.source in ("text", "characters") and not self.files:
             raise UserError(f"data={self.source} needs data.files, a path or a glob: for example data.files='my/*.txt'")
-        if self.val_tokens < 1:
-            raise UserError(f"data.val_tokens={self.val_tokens} must be at least 1")
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers} must be at least 0")
 
     def _check_hub(self) -> None:
         if not self.path:
@@ -96,6 +92,76 @@ class DataConfig:
 
     def _of_hub(self) -> tuple:
         return self.path, self.name, self.revision, self.splits, self.lines, self.max_characters
+
+
+@dataclass
+class PartConfig(CorpusConfig):
+    """A corpus of a mixture."""
+
+    weight: float = 0.0  # its share of the training windows; those of all parts sum to 1
+
+
+@contextlib.contextmanager
+def in_part(number: int) -> Iterator[None]:
+    """A mistake in a part of a mixture is told with its place, as it would be of that source alone."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"data.parts[{number}]: {error}") from error
+
+
+@dataclass
+class DataConfig(CorpusConfig):
+    """The text, of one source or (source=mixture) of several, and how it becomes tokens."""
+
+    parts: list[PartConfig] = field(default_factory=list)  # source=mixture
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    document_mask: bool = False  # attention stays within a document, and positions begin anew with it
+    val_tokens: int = 65536  # a validation predicts at most this many tokens (but at least one window)
+    cache_dir: str = "data/cache"  # token stores
+    num_workers: int = 0  # processes that load batches; tokens are memory-mapped, so 0 is usually fastest
+    prompts: list[str] = field(default_factory=list)  # what samples are continued from; empty: a new document
+
+    def check(self) -> None:
+        """Raises: UserError for values that do not exist or do not go together."""
+        _check_choice("data.source", self.source, (*SOURCES, MIXTURE))
+        self.tokenizer.check()
+        if self.source == MIXTURE:
+            self._check_mixture()
+        else:
+            super().check()
+            if self.parts:
+                raise UserError(f"data.parts is not read by data={self.source}: choose data=mixture")
+        if self.val_tokens < 1:
+            raise UserError(f"data.val_tokens={self.val_tokens} must be at least 1")
+        if self.num_workers < 0:
+            raise UserError(f"data.num_workers={self.num_workers} must be at least 0")
+
+    def _check_mixture(self) -> None:
+        for key in (key.name for key in fields(CorpusConfig) if key.name != "source"):
+            if getattr(self, key) != getattr(CorpusConfig(), key):
+                raise UserError(f"data.{key} is not read by data=mixture: give it to a part in data.parts")
+        if not self.parts:
+            raise UserError(
+                "data=mixture needs data.parts, for example data.parts='[{source:python_stdlib,weight:0.7},"
+                "{source:text,files:my/*.txt,weight:0.3}]'"
+            )
+        for number, part in enumerate(self.parts):
+            with in_part(number):
+                part.check()
+            if not part.weight >= SMALLEST_WEIGHT:
+                raise UserError(
+                    f"data.parts[{number}].weight={part.weight:g} must be at least {SMALLEST_WEIGHT}: it is the share "
+                    "of the training windows that the part gives"
+                )
+        weights = [part.weight for part in self.parts]
+        total = math.fsum(weights)
+        if not abs(total - 1) <= 1e-6:
+            right = ", ".join(f"{weight / total:.8g}" for weight in weights)
+            raise UserError(
+                f"the weights of data.parts sum to {total:.8g}, and must sum to 1: in the same proportions they are "
+                f"{right}"
+            )
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,11 +1,11 @@
 """The data of a run as Lightning wants it."""
 
 import lightning as L
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from mla_lm.config import TrainConfig
 from mla_lm.data.store import TokenStore
-from mla_lm.data.windows import EvaluationWindows, StepBatchSampler, Windows
+from mla_lm.data.windows import EvaluationWindows, Order, StepBatchSampler, Windows
 from mla_lm.errors import UserError
 
 
@@ -27,7 +27,10 @@ class TextDataModule(L.LightningDataModule):
         seq_len = config.model.seq_len
         self.config, self.store = config, store
         self.start_step = 0
-        self.train_windows = Windows(store.tokens("train"), seq_len)
+        names = [f"data.parts[{number}] train" for number in range(len(store.mixed))] or ["train"]
+        self.train_windows = ConcatDataset(
+            Windows(part.tokens("train"), seq_len, name) for (_, part), name in zip(store.parts, names, strict=True)
+        )
         self.val_windows = EvaluationWindows(store.tokens("validation"), seq_len, config.data.val_tokens)
         self.test_windows = EvaluationWindows(store.tokens("test"), seq_len, split="test")
         if (fewest := min(len(self.val_windows), len(self.test_windows))) < config.world_size:
@@ -38,11 +41,11 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         config = self.config
+        sizes = [len(windows) for windows in self.train_windows.datasets]
         sampler = StepBatchSampler(
-            len(self.train_windows),
+            Order(sizes, [weight for weight, _ in self.store.parts], config.seed),
             config.sequences_per_step,
             config.trainer.max_steps,
-            config.seed,
             self.start_step,
             self.rank,
             self.world_size,

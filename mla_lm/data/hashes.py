@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 from pathlib import Path
 
 import xxhash
 
+from mla_lm.checkpoint import write_atomically
 from mla_lm.errors import UserError
 
 
@@ -16,12 +16,17 @@ def hash_text(*parts: str) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Hex xxh3_128 of a file's bytes, read piecewise."""
+    """Hex xxh3_128 of a file's bytes."""
+    return digest_file(path).hexdigest()
+
+
+def digest_file(path: Path) -> xxhash.xxh3_128:
+    """The xxh3_128 of a file's bytes, read piecewise, which more can be added to."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while piece := file.read(2**20):
             digest.update(piece)
-    return digest.hexdigest()
+    return digest
 
 
 def content_hashes(paths: list[Path], memory: Path) -> list[str]:
@@ -45,9 +50,7 @@ def content_hashes(paths: list[Path], memory: Path) -> list[str]:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
         hashes.append(seen[2])
     if news:
-        with contextlib.suppress(OSError):  # not remembered: the next start is slower, nothing else
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            draft = memory.with_name(f"{memory.name}.{os.getpid()}")
-            draft.write_text(json.dumps(known | news))
-            os.replace(draft, memory)
+        text = json.dumps(known | news)
+        with contextlib.suppress(UserError):  # not remembered: the next start is slower, nothing else
+            write_atomically(memory, lambda file: file.write(text.encode()))
     return hashes

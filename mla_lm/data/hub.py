@@ -7,14 +7,14 @@ cached tokens it needs neither the network nor `datasets`.
 
 import contextlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mla_lm.data.config import DataConfig
+from mla_lm.checkpoint import write_atomically
+from mla_lm.data.config import CorpusConfig, DataConfig
 from mla_lm.data.hashes import content_hashes, hash_text
 from mla_lm.data.network import from_cache_only, reach_hub
 from mla_lm.data.sources import SPLITS, Source, split_of
@@ -58,7 +58,7 @@ def _in_words(split: str, name: str | None) -> str:
     return split if name == split else f"{split}={name}"
 
 
-def _folder(config: DataConfig) -> Path | None:
+def _folder(config: CorpusConfig) -> Path | None:
     folder = Path(config.path).expanduser()
     return folder if folder.is_dir() else None
 
@@ -74,7 +74,7 @@ def _content(folder: Path, cache: Path) -> str:
 # the commit and the splits
 
 
-def _look_up(config: DataConfig, content: str | None, memory: Path) -> tuple[str, list[str]]:
+def _look_up(config: CorpusConfig, content: str | None, memory: Path) -> tuple[str, list[str]]:
     """Commit (of a folder: the hash of its content) and split names; asked once, then known from `memory`."""
     try:
         known = json.loads(memory.read_bytes())
@@ -85,15 +85,13 @@ def _look_up(config: DataConfig, content: str | None, memory: Path) -> tuple[str
         with _network(config), _explained(config):
             builder = _builder(config, config.revision)
             known[key] = {"commit": content or builder.hash, "splits": list(builder.as_streaming_dataset())}
-        with contextlib.suppress(OSError):  # not remembered: the next start asks again
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            draft = memory.with_name(f"{memory.name}.{os.getpid()}")
-            draft.write_text(json.dumps(known, indent=1))
-            os.replace(draft, memory)
+        text = json.dumps(known, indent=1)
+        with contextlib.suppress(UserError):  # not remembered: the next start asks again
+            write_atomically(memory, lambda file: file.write(text.encode()))
     return known[key]["commit"], known[key]["splits"]
 
 
-def _own_splits(config: DataConfig, there: list[str]) -> dict[str, str | None]:
+def _own_splits(config: CorpusConfig, there: list[str]) -> dict[str, str | None]:
     """The dataset's split that each of ours is; None where it is carved."""
     own = {split: getattr(config.splits, split) or (split if split in there else None) for split in SPLITS}
     for split, name in own.items():
@@ -113,7 +111,7 @@ def _own_splits(config: DataConfig, there: list[str]) -> dict[str, str | None]:
 # reading
 
 
-def _documents(config: DataConfig, commit: str, own: dict[str, str | None], split: str) -> Iterator[dict]:
+def _documents(config: CorpusConfig, commit: str, own: dict[str, str | None], split: str) -> Iterator[dict]:
     values = _values(config, commit, own[split] or own["train"])
     if config.lines:
         return _one_document(values)
@@ -140,13 +138,13 @@ def _one_document(lines: Iterable[str]) -> Iterator[dict]:
     yield {"text": "".join(piece), "ends": True}
 
 
-def _values(config: DataConfig, commit: str, split: str) -> Iterator[str]:
+def _values(config: CorpusConfig, commit: str, split: str) -> Iterator[str]:
     """Values of the column, whole or up to `max_characters`, from the disk."""
     datasets = import_datasets()
     with _network(config), _explained(config):
         if config.max_characters:
             # kept by `datasets`, so that the network is read once, not once for each pass over the text
-            asked = DataConfig(
+            asked = CorpusConfig(
                 path=config.path, name=config.name, column=config.column, max_characters=config.max_characters
             )
             arguments = {"config": asked, "commit": commit, "split": split}
@@ -159,7 +157,7 @@ def _values(config: DataConfig, commit: str, split: str) -> Iterator[str]:
         return _column(builder.as_dataset()[split], config)
 
 
-def _beginning(config: DataConfig, commit: str, split: str) -> Iterator[dict[str, str]]:
+def _beginning(config: CorpusConfig, commit: str, split: str) -> Iterator[dict[str, str]]:
     """Streams whole documents until there are `max_characters`; nothing beyond them is downloaded."""
     characters = 0
     for text in _column(_builder(config, commit).as_streaming_dataset()[split], config):
@@ -169,19 +167,19 @@ def _beginning(config: DataConfig, commit: str, split: str) -> Iterator[dict[str
             return
 
 
-def _column(rows: "Dataset | IterableDataset", config: DataConfig) -> Iterator[str]:
+def _column(rows: "Dataset | IterableDataset", config: CorpusConfig) -> Iterator[str]:
     names = rows.column_names  # None where they show only in the rows
     if names and config.column in names:
         rows = rows.select_columns([config.column])  # the others need not be decoded
     return column_values(_batches(rows, config), config.column, config.path, names)
 
 
-def _batches(rows: "Dataset | IterableDataset", config: DataConfig) -> Iterator[dict[str, list]]:
+def _batches(rows: "Dataset | IterableDataset", config: CorpusConfig) -> Iterator[dict[str, list]]:
     with _explained(config):
         yield from rows.iter(ROWS)
 
 
-def _builder(config: DataConfig, commit: str | None) -> "DatasetBuilder":
+def _builder(config: CorpusConfig, commit: str | None) -> "DatasetBuilder":
     datasets = import_datasets()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -200,7 +198,7 @@ def _builder(config: DataConfig, commit: str | None) -> "DatasetBuilder":
 
 
 @contextlib.contextmanager
-def _network(config: DataConfig) -> Iterator[None]:
+def _network(config: CorpusConfig) -> Iterator[None]:
     """Where the Hub cannot be reached, only the cache is looked at."""
     if _folder(config):
         yield
@@ -212,7 +210,7 @@ def _network(config: DataConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(config: DataConfig) -> Iterator[None]:
+def _explained(config: CorpusConfig) -> Iterator[None]:
     """Whatever `datasets` and what it stands on raise, in words for the user."""
     try:
         yield
@@ -223,7 +221,7 @@ def _explained(config: DataConfig) -> Iterator[None]:
         raise UserError(_explanation(config, error)) from error
 
 
-def _explanation(config: DataConfig, error: Exception) -> str:
+def _explanation(config: CorpusConfig, error: Exception) -> str:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
@@ -253,7 +251,7 @@ def _explanation(config: DataConfig, error: Exception) -> str:
     return f"data.path={config.path} cannot be read: {first}"
 
 
-def _without_network(config: DataConfig) -> str:
+def _without_network(config: CorpusConfig) -> str:
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import ENDPOINT
 

@@ -3,98 +3,54 @@
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import xxhash
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from mla_lm.data.config import DataConfig, TokenizerConfig
+from mla_lm.data.build import build_store
+from mla_lm.data.config import MIXTURE, DataConfig, TokenizerConfig
 from mla_lm.data.hashes import hash_file, hash_text
+from mla_lm.data.shards import Tokens
 from mla_lm.data.sources import SPLITS, Source, open_source
-from mla_lm.data.tokenizer import (
-    build_tokenizer,
-    encode_batch,
-    end_of_text_id,
-    load_tokenizer,
-    token_bytes,
-    tokenizer_hash,
-    vocabulary_size,
-)
+from mla_lm.data.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
 from mla_lm.errors import UserError
 
 VERSION = "1"  # raise it when the same corpus and tokenizer config come to give other tokens
-SHARD_TOKENS = 2**27
-BATCH_CHARACTERS = 2**20  # tokenized at once, on all cores, in up to a few hundred MB of memory
 
 
-class Tokens:
-    """The tokens of one split: `len()`, and slices that are arrays of unsigned integers, across shards.
-
-    Pickled by path, so that a worker process maps the files anew instead of being sent their contents.
-    """
-
-    def __init__(self, paths: list[Path], dtype: str):
-        self.paths, self.dtype = paths, dtype
-        self.shards = [np.asarray(np.memmap(path, dtype=dtype, mode="r")) for path in paths]
-        self.starts = np.cumsum([0, *map(len, self.shards)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        start, stop, _ = part.indices(len(self))  # windows never ask for a step
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        last = int(np.searchsorted(self.starts, stop, side="left"))
-        pieces = [
-            shard[max(0, start - begin) : max(0, stop - begin)]
-            for shard, begin in zip(self.shards[first:last], self.starts[first:last], strict=True)
-        ]
-        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
-
-    def __reduce__(self) -> tuple:
-        return Tokens, (self.paths, self.dtype)
-
-
+@dataclass(frozen=True)
 class TokenStore:
-    """An open token store.
+    """An open token store, or several that are mixed."""
 
-    Attributes:
-        tokenizer: the one its tokens were made with
-        end_of_text_id: the token after every document
-        fingerprint: hex hash of the files' contents, the split rule and the tokenizer
-        description: of the corpus, in words
-        counts: tokens of each split (train, validation, test), end-of-text included
-        text_bytes: UTF-8 bytes of each split's text
-        skipped: files that could not be decoded
-    """
-
-    def __init__(self, folder: Path):
-        meta = json.loads((folder / "meta.json").read_text())
-        self.folder = folder
-        self.tokenizer = load_tokenizer(folder / "tokenizer.json")
-        self.end_of_text_id: int = meta["end_of_text_id"]
-        self.fingerprint = hash_text(meta["source_fingerprint"], meta["tokenizer_hash"])
-        self.description: str = meta["description"]
-        self.skipped: list[str] = meta["skipped"]
-        self.counts = {split: sum(shard["tokens"] for shard in meta["splits"][split]["shards"]) for split in SPLITS}
-        self.text_bytes = {split: meta["splits"][split]["text_bytes"] for split in SPLITS}
-        self._files = {split: [shard["file"] for shard in meta["splits"][split]["shards"]] for split in SPLITS}
-        self._dtype = meta["dtype"]
+    tokenizer: Tokenizer  # the one its tokens were made with
+    end_of_text_id: int  # the token after every document
+    fingerprint: str  # hex hash of the files' contents, the split rule and the tokenizer
+    description: str  # of the corpus, in words
+    skipped: list[str]  # files that could not be decoded
+    counts: dict[str, int]  # tokens of each split (train, validation, test), end-of-text included
+    text_bytes: dict[str, int]  # UTF-8 bytes of each split's text
+    shards: dict[str, list[Path]]
+    dtype: str  # of the tokens in the shards
+    mixed: tuple[tuple[float, "TokenStore"], ...] = ()
 
     def tokens(self, split: str) -> Tokens:
-        return Tokens([self.folder / name for name in self._files[split]], self._dtype)
+        """All tokens of a split; those of a mixture's parts one after another."""
+        return Tokens(self.shards[split], self.dtype)
+
+    @property
+    def parts(self) -> tuple[tuple[float, "TokenStore"], ...]:
+        """Weights and stores that training mixes: this one alone where it is no mixture."""
+        return self.mixed or ((1.0, self),)
 
 
 def open_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
-    """The tokens of the corpus that `config` names: from the cache, or built now.
+    """The tokens of the text that `config` names: from the cache, or built now.
 
     Several processes may ask at once: one builds, the others wait for it. A store that does not hold what was
-    written to it is built again; an interrupted build leaves none.
+    written to it is built again; an interrupted build leaves none, but a draft that the next start goes on with.
 
     Args:
         tokenizer: takes the place of the one `config.tokenizer` describes, for instance that of an earlier run
@@ -102,20 +58,37 @@ def open_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenS
     Raises:
         UserError: a mistake in the files, the tokenizer or the cache folder.
     """
+    if config.source == MIXTURE:
+        from mla_lm.data.mixture import open_mixture  # which is built on this module
+
+        return open_mixture(config, tokenizer)
     source = open_source(config)
     if tokenizer is None and config.tokenizer.kind in ("file", "hub"):
         tokenizer = build_tokenizer(config.tokenizer, [])
     folder = Path(config.cache_dir).expanduser() / _key(source, config.tokenizer, tokenizer)
     if _fault(folder):
-        try:
-            with _lock(folder):
-                if fault := _fault(folder):  # still: nobody else built it while this process waited
-                    if folder.exists():
-                        print(f"The token cache {folder} is built again: {fault}")
-                    _build(folder, source, config.tokenizer, tokenizer)
-        except OSError as error:
-            raise UserError(f"data.cache_dir={config.cache_dir} cannot be written: {error}") from error
-    return TokenStore(folder)
+        with sole_writer(folder):
+            if fault := _fault(folder):  # still: nobody else built it while this process waited
+                if folder.exists():
+                    print(f"The token cache {folder} is built again: {fault}")
+                build_store(folder, source, config.tokenizer, tokenizer)
+    return _open_folder(folder)
+
+
+def _open_folder(folder: Path) -> TokenStore:
+    meta = json.loads((folder / "meta.json").read_text())
+    splits = meta["splits"]
+    return TokenStore(
+        tokenizer=load_tokenizer(folder / "tokenizer.json"),
+        end_of_text_id=meta["end_of_text_id"],
+        fingerprint=hash_text(meta["source_fingerprint"], meta["tokenizer_hash"]),
+        description=meta["description"],
+        skipped=meta["skipped"],
+        counts={split: sum(shard["tokens"] for shard in splits[split]["shards"]) for split in SPLITS},
+        text_bytes={split: splits[split]["text_bytes"] for split in SPLITS},
+        shards={split: [folder / shard["file"] for shard in splits[split]["shards"]] for split in SPLITS},
+        dtype=meta["dtype"],
+    )
 
 
 def _key(source: Source, config: TokenizerConfig, tokenizer: Tokenizer | None) -> str:
@@ -150,122 +123,22 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _lock(folder: Path) -> AcquireReturnProxy:
-    """Held, until the `with` block ends, by the one process that may build this store."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(folder.name + ".lock"))
+@contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Held by the one process that may write `path`, which lies in the cache folder; others wait for it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Waiting for another process that builds the token cache {folder}")
-        return lock.acquire()
-
-
-def _build(folder: Path, source: Source, config: TokenizerConfig, tokenizer: Tokenizer | None) -> None:
-    """Write a store beside its place, then move it there whole."""
-    draft = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)  # left by a process that was killed
-    draft.mkdir()
-    print(f"Tokenizing {source.description}")
-    try:
-        if tokenizer is None:
-            splits = SPLITS if config.kind == "characters" else ("train",)
-            tokenizer = build_tokenizer(config, (row["text"] for split in splits for row in source.documents(split)))
-        meta = {
-            "description": source.description,
-            "source_fingerprint": source.fingerprint,
-            "skipped": source.skipped(),
-            "tokenizer_hash": tokenizer_hash(tokenizer),
-            "end_of_text_id": end_of_text_id(tokenizer, config.end_of_text),
-            "dtype": "uint16" if vocabulary_size(tokenizer) <= 2**16 else "uint32",
-        }
-        meta["splits"] = {split: _write_split(draft, split, source, tokenizer, meta) for split in SPLITS}
-        tokenizer.save(str(draft / "tokenizer.json"))
-        (draft / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    _report(meta)
-
-
-def _report(meta: dict) -> None:
-    if skipped := meta["skipped"]:
-        print(f"{len(skipped)} files could not be decoded and are left out: {', '.join(skipped[:5])}")
-    for split, part in meta["splits"].items():
-        tokens = sum(shard["tokens"] for shard in part["shards"])
-        print(f"{split}: {tokens:,} tokens, {part['text_bytes'] / tokens:.2f} bytes per token")
-
-
-def _write_split(folder: Path, split: str, source: Source, tokenizer: Tokenizer, meta: dict) -> dict:
-    """Tokenize one split into shards; returns its entry in meta.json."""
-    counts = {"text": 0, "tokens": 0}  # UTF-8 bytes that went in, and that the tokens stand for
-    length_of = token_bytes(tokenizer)
-
-    def token_batches() -> Iterator[np.ndarray]:
-        for rows in _batches(source.documents(split)):
-            for row, ids in zip(rows, encode_batch(tokenizer, [row["text"] for row in rows]), strict=True):
-                tokens = np.array(ids, dtype=np.int64)
-                counts["text"] += (size := len(row["text"].encode()))
-                bar.update(size)
-                counts["tokens"] += int(length_of[tokens].sum())
-                yield np.append(tokens, meta["end_of_text_id"]) if row["ends"] else tokens
-
-    # disable=None: none where stderr is no terminal
-    with tqdm(desc=f"tokenizing {split}", unit="B", unit_scale=True, disable=None) as bar:
-        shards = list(_write_shards(folder, split, token_batches(), meta["dtype"], SHARD_TOKENS))
-    if counts["text"] == 0:
-        raise UserError(
-            f"no text for the {split} split in {source.description}: it is too short, give more of it; "
-            "train, validation and test all need some"
-        )
-    if abs(counts["tokens"] / counts["text"] - 1) > 0.05:  # a few spaces put before texts are fine, lost text is not
-        raise UserError(
-            f"the tokenizer does not keep the text ({counts['text']} bytes become {counts['tokens']}), so bits per "
-            "byte would be wrong: use a byte-level one, or data.tokenizer.kind=bpe"
-        )
-    return {"text_bytes": counts["text"], "shards": shards}
-
-
-def _batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
-    batch, characters = [], 0
-    for row in rows:
-        batch.append(row)
-        characters += len(row["text"])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _write_shards(
-    folder: Path, name: str, batches: Iterable[np.ndarray], dtype: str, shard_tokens: int
-) -> Iterator[dict]:
-    """Write tokens to files of `shard_tokens` each but the last; yields what meta.json records of a file."""
-    batches = iter(batches)
-    rest = next(batches, None)
-    number = 0
-    while rest is not None:
-        path = folder / f"{name}-{number:05d}.bin"
-        digest, written = xxhash.xxh3_128(), 0
-        with open(path, "wb") as file:
-            while rest is not None and written < shard_tokens:
-                part, rest = rest[: shard_tokens - written], rest[shard_tokens - written :]
-                data = part.astype(dtype).tobytes()
-                file.write(data)
-                digest.update(data)
-                written += len(part)
-                if not len(rest):
-                    rest = next(batches, None)
-            file.flush()
-            os.fsync(file.fileno())
-        status = path.stat()
-        number += 1
-        yield {
-            "file": path.name,
-            "tokens": written,
-            "size": status.st_size,
-            "mtime_ns": status.st_mtime_ns,
-            "xxh3": digest.hexdigest(),
-        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(path.name + ".lock"))
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Waiting for another process that builds the token cache {path}")
+            held = lock.acquire()
+        with held:
+            yield
+    except OSError as error:
+        raise UserError(f"data.cache_dir={path.parent} cannot be written: {error}") from error

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from mla_lm.data.store import Tokens
+from mla_lm.data.shards import Tokens
 from mla_lm.errors import UserError
 from mla_lm.loss import IGNORE
+
+BLOCK = 1000  # consecutive windows of a run in which every part of the data has exactly its share
 
 
 class Windows(Dataset):
@@ -84,22 +86,62 @@ def _window(tokens: Tokens | np.ndarray, index: int, seq_len: int) -> Tensor:
     return torch.from_numpy(tokens[index * seq_len : (index + 1) * seq_len + 1].astype(np.int64))
 
 
-def indices_of_step(step: int, sequences_per_step: int, num_windows: int, seed: int) -> np.ndarray:
-    """Windows of one optimizer step, over all devices: int64 (sequences_per_step,).
+class Order:
+    """Which window training takes at each place of a run: a pure function of the seed and the place.
 
-    Passes over the data follow one another without a gap, each in an order of its own: position p of the whole run
-    is entry p % num_windows of the permutation of pass p // num_windows.
+    In each block of 1,000 places that follow one another, every part of the data has as many as its weight says, in an
+    order drawn for that block. The places of a part take the entries of its own passes over its windows, which follow
+    one another without a gap, each in an order of its own: use u of a part with n windows is entry u % n of the
+    permutation of pass u // n.
+
+    Args:
+        sizes: windows of each part; the windows of all parts are numbered through, one part after another
+        weights: the share of each part, which sum to 1
     """
-    positions = np.arange(step * sequences_per_step, (step + 1) * sequences_per_step)
-    passes, places = np.divmod(positions, num_windows)
-    return np.array([_order(num_windows, seed, int(p))[i] for p, i in zip(passes, places, strict=True)], dtype=np.int64)
+
+    def __init__(self, sizes: list[int], weights: list[float], seed: int):
+        self.sizes, self.places, self.seed = sizes, places_in_block(weights), seed
+        self.firsts = np.cumsum([0, *sizes[:-1]])
+        # only the last one drawn is kept: places are asked for one after another
+        self._block = functools.lru_cache(maxsize=1)(self._draw_block)
+        self._passes = [
+            functools.lru_cache(maxsize=1)(functools.partial(_permutation, size, seed, part))
+            for part, size in enumerate(sizes)
+        ]
+
+    def of_step(self, step: int, sequences_per_step: int) -> np.ndarray:
+        """Windows of one optimizer step, over all devices: int64 (sequences_per_step,)."""
+        return np.array([self._window(step * sequences_per_step + i) for i in range(sequences_per_step)], np.int64)
+
+    def _window(self, place: int) -> int:
+        parts, uses = self._block(place // BLOCK)
+        part, use = parts[place % BLOCK], int(uses[place % BLOCK])
+        return self.firsts[part] + self._passes[part](use // self.sizes[part])[use % self.sizes[part]]
+
+    def _draw_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each place in a block: its part, and which use of the part it is."""
+        order = _permutation(BLOCK, self.seed, len(self.sizes), number)  # the stream after those of the parts
+        parts = np.repeat(np.arange(len(self.sizes)), self.places)[order]
+        uses = np.empty(BLOCK, np.int64)
+        for part, places in enumerate(self.places):
+            uses[parts == part] = number * places + np.arange(places)
+        return parts, uses
 
 
-@functools.lru_cache(maxsize=2)  # a step may straddle two passes
-def _order(num_windows: int, seed: int, pass_number: int) -> np.ndarray:
+def places_in_block(weights: list[float]) -> list[int]:
+    """How many of 1,000 places each part has: its share rounded down, and the rest to the largest remainders."""
+    shares = BLOCK * np.array(weights)
+    places = np.floor(shares).astype(np.int64)
+    largest = np.argsort(places - shares, kind="stable")
+    places[largest[: BLOCK - places.sum()]] += 1
+    return places.tolist()
+
+
+def _permutation(size: int, seed: int, stream: int, number: int) -> np.ndarray:
+    # stream 0 adds nothing to the seed: a corpus alone has the order of the first part
     # RandomState is frozen: NumPy promises the same permutation in every version, so a run can be resumed in any
-    bits = np.random.MT19937(np.random.SeedSequence((seed, pass_number)))
-    return np.random.RandomState(bits).permutation(num_windows)
+    bits = np.random.MT19937(np.random.SeedSequence((seed, number, stream)))
+    return np.random.RandomState(bits).permutation(size)
 
 
 class StepBatchSampler(Sampler[list[int]]):
@@ -112,16 +154,15 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        num_windows: int,
+        order: Order,
         sequences_per_step: int,
         max_steps: int,
-        seed: int,
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
         overfit_batches: int | None = None,
     ):
-        self.num_windows, self.sequences_per_step, self.seed = num_windows, sequences_per_step, seed
+        self.order, self.sequences_per_step = order, sequences_per_step
         self.start_step, self.max_steps = start_step, max_steps
         self.rank, self.world_size = rank, world_size
         self.overfit_batches = overfit_batches or max_steps
@@ -131,5 +172,5 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.max_steps):
-            indices = indices_of_step(step % self.overfit_batches, self.sequences_per_step, self.num_windows, self.seed)
+            indices = self.order.of_step(step % self.overfit_batches, self.sequences_per_step)
             yield indices[self.rank :: self.world_size].tolist()

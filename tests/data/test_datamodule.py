@@ -8,7 +8,7 @@ from mla_lm.config import TrainConfig
 from mla_lm.data.config import DataConfig, TokenizerConfig
 from mla_lm.data.datamodule import TextDataModule
 from mla_lm.data.store import open_store
-from mla_lm.data.windows import indices_of_step
+from mla_lm.data.windows import Order
 from mla_lm.errors import UserError
 
 SEQ_LEN = 16
@@ -75,7 +75,7 @@ def test_training_batches_are_whole_steps_in_the_order_of_the_seed(config, tmp_p
     tokens = module.store.tokens("train")
     assert len(model.train_batches) == 6
     for step, batch in enumerate(model.train_batches):
-        indices = indices_of_step(step, 8, len(module.train_windows), config.seed)
+        indices = Order([len(module.train_windows)], [1.0], config.seed).of_step(step, 8)
         expected = [tokens[i * SEQ_LEN : i * SEQ_LEN + SEQ_LEN + 1].tolist() for i in indices.tolist()]
         assert batch.tolist() == expected
         assert batch.dtype == torch.int64

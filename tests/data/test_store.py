@@ -16,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from mla_lm.data import store as store_module
+from mla_lm.data import build
+from mla_lm.data.build import build_store
 from mla_lm.data.config import DataConfig, TokenizerConfig
-from mla_lm.data.sources import SPLITS, Source, open_source, python_stdlib
-from mla_lm.data.store import Tokens, TokenStore, _build, _write_shards, open_store
+from mla_lm.data.hashes import hash_file
+from mla_lm.data.shards import ShardWriter, Tokens
+from mla_lm.data.sources import SPLITS, open_source, python_stdlib
+from mla_lm.data.store import open_store
 from mla_lm.data.tokenizer import build_tokenizer, decode, encode, load_tokenizer, tokenizer_hash
 from mla_lm.errors import UserError
 
@@ -39,6 +42,10 @@ def config(tmp_path):
 
 def contents(store):
     return {split: store.tokens(split)[:].tolist() for split in SPLITS}
+
+
+def folder_of(store):
+    return store.shards["train"][0].parent
 
 
 def in_process(code, *arguments):
@@ -90,8 +97,8 @@ def test_files_that_cannot_be_decoded_are_reported(tmp_path, capsys):
         (tmp_path / f"m{i}.py").write_text(f"x = {i}\n" * 10)
     (tmp_path / "bad.py").write_bytes(b"\xff")
     source = python_stdlib(tmp_path / "hashes.json", tmp_path)
-    _build(tmp_path / "store", source, TokenizerConfig(kind="bytes"), None)
-    assert TokenStore(tmp_path / "store").skipped == ["bad.py"]
+    build_store(tmp_path / "store", source, TokenizerConfig(kind="bytes"))
+    assert json.loads((tmp_path / "store" / "meta.json").read_text())["skipped"] == ["bad.py"]
     assert "1 files could not be decoded and are left out: bad.py" in capsys.readouterr().out
 
 
@@ -131,21 +138,21 @@ def test_another_text_or_tokenizer_is_another_store(config, tmp_path):
     second = open_store(config)
     (tmp_path / "a.txt").write_text(TEXT + "more")
     third = open_store(config)
-    assert len({s.folder for s in (first, second, third)}) == 3
+    assert len({folder_of(s) for s in (first, second, third)}) == 3
     assert len({s.fingerprint for s in (first, second, third)}) == 3
     assert contents(first) != contents(second)
 
 
 def test_a_given_tokenizer_takes_the_place_of_the_configured_one(config, tmp_path):
     first = open_store(config)
-    given_tokenizer = load_tokenizer(first.folder / "tokenizer.json")
+    given_tokenizer = load_tokenizer(folder_of(first) / "tokenizer.json")
     config.tokenizer = TokenizerConfig(kind="bytes")
     again = open_store(config, given_tokenizer)
     assert again.fingerprint == first.fingerprint
     assert contents(again) == contents(first)
-    config.tokenizer = TokenizerConfig(kind="file", file=str(first.folder / "tokenizer.json"))
+    config.tokenizer = TokenizerConfig(kind="file", file=str(folder_of(first) / "tokenizer.json"))
     assert contents(open_store(config)) == contents(first)
-    assert open_store(config).folder == again.folder
+    assert folder_of(open_store(config)) == folder_of(again)
 
 
 def test_a_changed_tokenizer_file_is_noticed(config, tmp_path):
@@ -198,7 +205,7 @@ SPOILERS = {
 def test_a_spoiled_store_is_built_again_and_said_so(config, spoil, capsys):
     config.tokenizer.kind = "characters"
     before = contents(open_store(config))
-    folder = open_store(config).folder
+    folder = folder_of(open_store(config))
     spoil(folder)
     capsys.readouterr()
     store = open_store(config)
@@ -206,24 +213,14 @@ def test_a_spoiled_store_is_built_again_and_said_so(config, spoil, capsys):
     assert capsys.readouterr().out.splitlines()[0].startswith(f"The token cache {folder} is built again: ")
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path):
-    def interrupted(split):
-        yield {"text": TEXT, "ends": True}
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        _build(tmp_path / "store", Source("a corpus", "fingerprint", interrupted), TokenizerConfig(kind="bytes"), None)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_a_killed_build_left_is_cleaned(config):
-    folder = open_store(config).folder
+    folder = folder_of(open_store(config))
     draft = folder.with_name(folder.name + ".tmp")
     folder.rename(draft)  # as if killed before the move
     (draft / "train-00007.bin").write_bytes(b"half")
     store = open_store(config)
     assert not draft.exists()
-    assert {path.name for path in store.folder.iterdir()} == {
+    assert {path.name for path in folder_of(store).iterdir()} == {
         "meta.json", "tokenizer.json", *(f"{split}-00000.bin" for split in SPLITS)
     }  # fmt: skip
 
@@ -286,9 +283,14 @@ def test_a_character_tokenizer_refuses_a_text_with_others(config):
 def test_slices_across_shards(tmp_path_factory, batches, shard_tokens, start, length):
     folder = tmp_path_factory.mktemp("shards")
     arrays = [np.array(batch, dtype=np.int64) for batch in batches if batch]
-    shards = list(_write_shards(folder, "train", iter(arrays), "uint16", shard_tokens))
+    shards: list[dict] = []
+    for array in arrays:  # each by a writer of its own, as if the one before had been interrupted
+        writer = ShardWriter(folder, "train", "uint16", shard_tokens, shards)
+        writer.write(array)
+        writer.sync()
     whole = np.array(list(itertools.chain(*batches)), dtype=np.uint16)
     assert [shard["tokens"] for shard in shards[:-1]] == [shard_tokens] * (len(shards) - 1)
+    assert [hash_file(folder / shard["file"]) for shard in shards] == [shard["xxh3"] for shard in shards]
     tokens = Tokens([folder / shard["file"] for shard in shards], "uint16")
     assert len(tokens) == len(whole)
     part = slice(start, start + length if start >= 0 else None)
@@ -300,9 +302,9 @@ def test_slices_across_shards(tmp_path_factory, batches, shard_tokens, start, le
 def test_batches_are_bounded(config, monkeypatch):
     whole = open_store(config)
     config.cache_dir += "2"
-    monkeypatch.setattr(store_module, "BATCH_CHARACTERS", 1)
-    monkeypatch.setattr(store_module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(build, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(build, "SHARD_TOKENS", 1000)
     parts = open_store(config)
     assert contents(parts) == contents(whole)
-    assert len(list(parts.folder.glob("train-*.bin"))) > 5
+    assert len(list(folder_of(parts).glob("train-*.bin"))) > 5
     assert encode(parts.tokenizer, TEXT) == encode(whole.tokenizer, TEXT)

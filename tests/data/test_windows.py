@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_lm.data.windows import EvaluationWindows, StepBatchSampler, Windows, indices_of_step
+from mla_lm.data.windows import EvaluationWindows, Order, StepBatchSampler, Windows, places_in_block
 from mla_lm.errors import UserError
 
 IGNORE = -100
@@ -62,51 +62,106 @@ def test_a_capped_evaluation_takes_whole_windows_evenly(count, seq_len, max_toke
     assert all(torch.equal(windows[i], every[windows.indices[i]]) for i in range(len(windows)))
 
 
-@given(
-    windows=st.integers(1, 50),
-    sequences=st.integers(1, 20),
-    seed=st.integers(0, 2**32 - 1),
-    passes=st.integers(1, 3),
-)
-def test_each_window_once_a_pass(windows, sequences, seed, passes):
-    steps = -(-windows * passes // sequences)
-    order = np.concatenate([indices_of_step(step, sequences, windows, seed) for step in range(steps)])
-    for number in range(passes):
-        assert sorted(order[number * windows : (number + 1) * windows]) == list(range(windows))
+# order
+
+
+def run_of(sizes, weights, seed, windows, sequences=7):
+    """The first so many windows of a run, step by step."""
+    order = Order(sizes, weights, seed)
+    steps = -(-windows // sequences)
+    return np.concatenate([order.of_step(step, sequences) for step in range(steps)])[:windows].tolist()
+
+
+@given(size=st.integers(1, 50), seed=st.integers(0, 2**32 - 1), sequences=st.integers(1, 20))
+def test_one_corpus_is_taken_in_passes_each_in_an_order_of_its_own(size, seed, sequences):
+    passes = []
+    for number in range(3):
+        bits = np.random.MT19937(np.random.SeedSequence((seed, number)))
+        passes += np.random.RandomState(bits).permutation(size).tolist()
+    assert run_of([size], [1.0], seed, 3 * size, sequences) == passes
 
 
 def test_passes_and_seeds_have_orders_of_their_own():
-    first, second = indices_of_step(0, 50, 50, seed=1), indices_of_step(1, 50, 50, seed=1)
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, indices_of_step(0, 50, 50, seed=2))
-    assert not np.array_equal(first, np.arange(50))
+    run = run_of([50], [1.0], 1, 100)
+    assert run[:50] != run[50:]
+    assert run[:50] != run_of([50], [1.0], 2, 50)
+    assert run[:50] != list(range(50))
 
 
 def test_the_order_is_for_ever():
     """Runs are resumed with other versions of NumPy and torch: these numbers may never change."""
-    assert indices_of_step(2, 4, 10, seed=7).tolist() == [2, 3, 8, 6]
+    assert Order([10], [1.0], seed=7).of_step(2, 4).tolist() == [2, 3, 8, 6]
+    assert Order([10, 3, 20], [0.5, 0.2, 0.3], seed=7).of_step(300, 8).tolist() == [2, 9, 26, 29, 16, 7, 4, 15]
+
+
+@st.composite
+def mixtures(draw):
+    parts = draw(st.integers(2, 5))
+    shares = draw(st.lists(st.integers(10, 1000), min_size=parts, max_size=parts))
+    sizes = draw(st.lists(st.integers(1, 60), min_size=parts, max_size=parts))
+    return sizes, [weight / sum(shares) for weight in shares]
+
+
+@given(mixtures(), st.integers(0, 2**32 - 1))
+@settings(max_examples=12)
+def test_in_every_block_each_part_has_its_share_and_is_taken_in_passes(mixture, seed):
+    sizes, weights = mixture
+    run = np.array(run_of(sizes, weights, seed, 2000))
+    first = 0
+    for size, weight in zip(sizes, weights, strict=True):
+        is_of_part = (run >= first) & (run < first + size)
+        shares = is_of_part.reshape(2, 1000).sum(1)
+        assert shares[0] == shares[1]
+        assert abs(shares[0] - 1000 * weight) < 1 + 1e-6
+        windows = run[is_of_part] - first
+        passes = [windows[start : start + size].tolist() for start in range(0, len(windows), size)]
+        for whole in passes[:-1]:
+            assert sorted(whole) == list(range(size))
+        assert len(set(passes[-1])) == len(passes[-1])
+        if size > 20 and len(passes) > 2:
+            assert passes[0] != passes[1]
+        first += size
+    assert run.max() < first
+
+
+def test_blocks_and_parts_have_orders_of_their_own():
+    run = np.array(run_of([100, 100], [0.5, 0.5], 3, 3000))
+    blocks = (run < 100).reshape(3, 1000)
+    assert not (blocks[0] == blocks[1]).all()
+    assert 0.4 < (blocks[0] == blocks[1]).mean() < 0.6
+    assert blocks[0].reshape(10, 100).mean(1).min() > 0.3  # mixed within the block, too
+    assert run[run < 100].tolist() != (run[run >= 100] - 100).tolist()
 
 
 @given(
-    windows=st.integers(1, 50),
+    sizes=st.lists(st.integers(1, 50), min_size=1, max_size=3),
     share=st.integers(1, 6),
     world_size=st.integers(1, 4),
     max_steps=st.integers(1, 12),
     data=st.data(),
 )
-def test_steps_do_not_depend_on_where_they_start_or_on_the_devices(windows, share, world_size, max_steps, data):
+def test_steps_do_not_depend_on_where_they_start_or_on_the_devices(sizes, share, world_size, max_steps, data):
     sequences = share * world_size
     start = data.draw(st.integers(0, max_steps))
-    alone = list(StepBatchSampler(windows, sequences, max_steps, seed=3))
-    ranks = [StepBatchSampler(windows, sequences, max_steps, 3, start, rank, world_size) for rank in range(world_size)]
+
+    def sampler(*rest):  # each device draws the order anew
+        return StepBatchSampler(Order(sizes, [1 / len(sizes)] * len(sizes), 3), sequences, max_steps, *rest)
+
+    alone = list(sampler())
+    ranks = [sampler(start, rank, world_size) for rank in range(world_size)]
     assert [len(sampler) for sampler in ranks] == [max_steps] * world_size
-    assert len(alone) == max_steps
+    assert list(itertools.chain(*alone)) == run_of(sizes, [1 / len(sizes)] * len(sizes), 3, max_steps * sequences, 1)
     steps = list(zip(*ranks, strict=True))
     assert len(steps) == max_steps - start
     for step, batches in enumerate(steps, start):
         assert [len(batch) for batch in batches] == [share] * world_size
         assert sorted(itertools.chain(*batches)) == sorted(alone[step])
-        assert sorted(alone[step]) == sorted(indices_of_step(step, sequences, windows, seed=3).tolist())
+
+
+def test_largest_remainders_fill_a_block():
+    assert places_in_block([1 / 3, 1 / 3, 1 / 3]) == [334, 333, 333]
+    assert places_in_block([0.7, 0.29, 0.01]) == [700, 290, 10]
+    assert places_in_block([0.9974, 0.0016, 0.001]) == [997, 2, 1]
 
 
 def test_a_split_shorter_than_a_window_is_named():
