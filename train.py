@@ -5,7 +5,6 @@ trains; what it calls is in mla_lm/.
 """
 
 import os
-import shlex
 import sys
 import traceback
 import warnings
@@ -16,14 +15,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from mla_lm import cli
+from mla_lm import cli, sweep
 from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
 from mla_lm.errors import TrainingFailed, UserError
 from mla_lm.resume import resumed_config, started_config
 from mla_lm.run import RunFolder, find_run
-
-finished_jobs: list[Path] = []  # of a multirun, their folders
-failed_jobs: list[Path] = []
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
@@ -31,30 +27,34 @@ def job(composed: DictConfig) -> float | None:
     """One run. Returns its validation loss, which sweepers minimise; None for a failed job of a multirun."""
     hydra_config = HydraConfig.get()
     run = RunFolder(Path(hydra_config.runtime.output_dir))
+    trial = sweep.Trial.of_job(hydra_config) if hydra_config.mode == RunMode.MULTIRUN else None
     try:
+        if trial:
+            trial.write()
         cli.check_keys(composed, TrainConfig)
-        loss = train_run(OmegaConf.to_object(composed), run, list(hydra_config.overrides.task))
-        finished_jobs.append(run.path)
-        return loss
+        return train_run(OmegaConf.to_object(composed), run, sweep.run_overrides(hydra_config))
     except Exception as error:
         named = any(override.startswith("hydra.run.dir=") for override in hydra_config.overrides.hydra)
         if not named and not os.listdir(run.path):
             run.path.rmdir()  # nothing was begun: leave no empty folder behind
         if isinstance(error, UserError | TrainingFailed):
             status = cli.report(error)
-        elif hydra_config.mode == RunMode.MULTIRUN:
+        elif trial:
             traceback.print_exc()
         else:
             raise
-        if hydra_config.mode != RunMode.MULTIRUN:
+        if not trial:
             sys.exit(status)
-        failed_jobs.append(run.path)
+        trial.write(error=str(error) if isinstance(error, UserError | TrainingFailed) else repr(error))
         return None
 
 
 def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> float:
     """Settle which configuration counts, refuse to write over another run, and train."""
     make_paths_absolute(config)
+    multirun = HydraConfig.get().mode == RunMode.MULTIRUN
+    if multirun:
+        sweep.label(config, HydraConfig.get())
     if config.ckpt_path and config.init_from:
         raise UserError("ckpt_path goes on with a run, init_from begins a new one: give one of them")
     checkpoint = None
@@ -66,7 +66,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     elif config.init_from:
         config = started_config(config, find_run(config.init_from)[0], overrides)
     config.check()
-    if config.world_size > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if config.world_size > 1 and multirun:
         raise UserError("a multirun trains on one device: start one command for each run with trainer.devices above 1")
     if "TORCHELASTIC_RUN_ID" in os.environ and not any(a.startswith("hydra.run.dir=") for a in sys.argv):
         raise UserError("under torchrun all processes need one run folder: give hydra.run.dir=FOLDER")
@@ -76,22 +76,24 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     if not is_first_process():
         return train(config, run, checkpoint)
     with run.lock():
+        if multirun and sweep.is_same_run(config, run):  # a stopped sweep goes on
+            if run.summary().get("finished"):
+                print(f"skipped     {run.path}: it has finished")
+                return run.summary()["val_loss"]
+            checkpoint = run.last if run.last.is_file() else None
         if not checkpoint:
-            refuse_to_write_over(run)
+            refuse_to_write_over(run, "hydra.sweep.dir" if multirun else "hydra.run.dir")
         return train(config, run, checkpoint)
 
 
-def refuse_to_write_over(run: RunFolder) -> None:
-    """Raises UserError where the folder of a new run holds another run, or files that are no run's."""
+def refuse_to_write_over(run: RunFolder, key: str) -> None:
+    """Raises UserError where the folder of a new run, set by `key`, holds another run, or files that are no run's."""
     if run.is_begun:
         raise UserError(
-            f"{run.path} already holds a run: ckpt_path={run.path} goes on with it, "
-            "another hydra.run.dir begins a new one"
+            f"{run.path} already holds a run: ckpt_path={run.path} goes on with it, another {key} begins a new one"
         )
     if foreign := run.foreign_files():
-        raise UserError(
-            f"{run.path} has {', '.join(foreign)}, which a run would write over: choose another hydra.run.dir"
-        )
+        raise UserError(f"{run.path} has {', '.join(foreign)}, which a run would write over: choose another {key}")
 
 
 def is_first_process() -> bool:
@@ -107,8 +109,8 @@ def resume_in_place(arguments: list[str]) -> list[str]:
         return arguments
     if not is_first_process() and any(argument.startswith("hydra.run.dir=") for argument in arguments):
         return arguments  # as the first process made them
-    if {"-m", "--multirun"}.intersection(arguments):
-        raise UserError("ckpt_path goes on with one run: leave out -m")
+    if any(argument in ("-m", "--multirun") or argument.startswith("sweep=") for argument in arguments):
+        raise UserError("ckpt_path goes on with one run: leave out -m and sweep=")
     if any(argument.startswith("hydra.run.dir=") for argument in arguments):
         raise UserError("ckpt_path goes on in the run's own folder: leave out hydra.run.dir")
     rest = [argument for argument in arguments if not argument.startswith("ckpt_path=")]
@@ -122,19 +124,14 @@ def _quoted(path: str | Path) -> str:
 
 
 def main() -> None:
-    finished_jobs.clear()
-    failed_jobs.clear()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which cli.run words, instead of printing them
     warnings.filterwarnings("ignore", module="hydra")
     arguments = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))  # Hydra wants -m before overrides
     cli.check_flags(arguments)
     register_schema()
     sys.argv[1:] = resume_in_place(arguments)
-    job()
-    if len(finished_jobs) > 1:
-        print(f"compare all python -m scripts.compare {shlex.quote(str(finished_jobs[0].parent))}")
-    if failed_jobs:
-        raise UserError("\n".join([f"{len(failed_jobs)} jobs failed:", *(f"  {path}" for path in failed_jobs)]))
+    with sweep.reported(arguments):
+        job()
 
 
 if __name__ == "__main__":

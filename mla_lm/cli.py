@@ -20,6 +20,13 @@ MOST_LINES, LONGEST_LINE = 3, 1000
 # What the operating system says of a path that a user named.
 PATH_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, FileNotFoundError)
 
+# Options of Hydra's own groups that another package brings, and what to install.
+PLUGINS = {
+    "hydra/sweeper=optuna": 'hydra-optuna-sweeper==1.3.0 "sqlalchemy<2"',
+    "hydra/launcher=submitit_local": "hydra-submitit-launcher==1.2.0",
+    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher==1.2.0",
+}
+
 
 def run(main: Callable[[], object], schema: type | None = None) -> NoReturn:
     """Call `main` and end the process: status 0, 2 for a user's mistake, 1 for a failure, 128 + n for signal n.
@@ -77,15 +84,21 @@ def explain_hydra(error: Exception, schema: type | None = None) -> str:
     if isinstance(error, MissingConfigException):
         names = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
         group = re.search(r"Could not find '(.+)/(.+)'", text)
+        if group and (package := PLUGINS.get(f"{group[1]}={group[2]}")):
+            return f"{group[1]}={group[2]} needs a plugin that is not installed:\n  pip install {package}"
         if group:
             choices = f"one of: {', '.join(names)}" if names else "there are none"
             return f"unknown {group[1]}={group[2]}{_nearest(group[2], names)}\n  {choices}"
     if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigKeyError | ConfigAttributeError):
         key = re.search(r"Could not override '([^']+)'", text)
+        names = key_names(schema) if schema else []
+        if key and key[1] in names:  # a list of dataclasses: one of them has no such key
+            own = [field.name for field in fields(cause.object_type)]
+            return f"unknown key {cause.key} in {key[1]}{_nearest(cause.key, own)}"
         if key:
-            return f"unknown key {key[1]}{_nearest(key[1], key_names(schema) if schema else [])}"
+            return f"unknown key {key[1]}{_nearest(key[1], names)}"
     if isinstance(cause, OmegaConfBaseException):
-        override = re.search(r"Error merging override (\S+)", text)
+        override = re.search(r"Error merging override (.+)", text)
         return f"{override[1] if override else text.splitlines()[0]}: {str(cause).splitlines()[0]}"
     if "Ambiguous value" in text:
         return f"{text.splitlines()[0]}\n  -m runs all of them, one after another"
