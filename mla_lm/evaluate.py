@@ -1,30 +1,42 @@
 """Loss, perplexity and bits per byte of a model on windows of tokens."""
 
+import itertools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
 
-from mla_lm.loss import IGNORE
+from mla_lm.data.shards import Tokens
+from mla_lm.loss import IGNORE, linear_cross_entropy
 from mla_lm.transformer import Transformer
 
 
-def totals_of(net: Transformer, batch: Tensor, token_bytes: Tensor) -> Tensor:
-    """What a batch adds to an evaluation.
+def sums_by_position(net: Transformer, batch: Tensor, token_bytes: Tensor, first: int = 0) -> Tensor:
+    """What a batch adds to an evaluation, by the target's position in the window.
 
     Args:
         batch: (B, T + 1) ids: inputs are all but the last, targets all but the first; -100 does not count
         token_bytes: (vocab_size,) UTF-8 bytes that each token stands for, 0 for special tokens
+        first: position from which on targets are predicted; those before serve as context only
 
     Returns:
-        (3,), fp64 on the CPU: nats, predicted tokens, UTF-8 bytes of their text
+        (3, T - first), fp64 on the CPU: nats, predicted tokens, UTF-8 bytes of their text
     """
-    targets = batch[:, 1:]
-    # .forward: never compiled, which for other shapes and without gradients would cost more than it gains
-    losses = net.forward(batch[:, :-1].clamp(min=0), targets, reduction="none")
+    targets = batch[:, 1 + first :]
+    # never compiled, which for other shapes and without gradients would cost more than it gains
+    x = net.hidden_states(batch[:, :-1].clamp(min=0))[:, first:]
+    losses = linear_cross_entropy(x, net.head.weight, targets, reduction="none")
     text_bytes = torch.where(targets == IGNORE, 0, token_bytes[targets.clamp(min=0)])
-    sums = (losses.sum(-1), (targets != IGNORE).sum(-1), text_bytes.sum(-1))  # by window: fp32 holds these well
-    return torch.stack([s.cpu().double().sum() for s in sums])
+    sums = (losses.sum(0), (targets != IGNORE).sum(0), text_bytes.sum(0))  # over windows: fp32 holds these well
+    return torch.stack([s.cpu().double() for s in sums])
+
+
+def totals_of(net: Transformer, batch: Tensor, token_bytes: Tensor) -> Tensor:
+    """`sums_by_position` over all positions, (3,)."""
+    return sums_by_position(net, batch, token_bytes).sum(-1)
 
 
 def metrics_of(totals: Tensor) -> dict[str, float]:
@@ -36,3 +48,68 @@ def metrics_of(totals: Tensor) -> dict[str, float]:
         "perplexity": math.exp(min(loss, 700.0)),  # a float ends at exp(709)
         "bits_per_byte": nats / math.log(2) / text_bytes,
     }
+
+
+class SlidingWindows(Dataset):
+    """Windows that start every `stride` tokens, up to the one that reaches the last token.
+
+    With the first predicting all of its targets and each other its last `stride`, every token but the first of all
+    is predicted once. The last window is filled with -100 beyond the end, as in `EvaluationWindows`, which these are
+    where `stride` is `seq_len`. Items are int64 (seq_len + 1,).
+
+    Args:
+        tokens: `Tokens` or an array of ids, (count,)
+        stride: 1 to seq_len
+    """
+
+    def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, stride: int):
+        self.tokens, self.seq_len, self.stride = tokens, seq_len, stride
+
+    def __len__(self) -> int:
+        beyond_the_first = max(0, len(self.tokens) - 1 - self.seq_len)
+        return 1 + -(-beyond_the_first // self.stride)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self.stride
+        window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
+        return torch.nn.functional.pad(window, (0, self.seq_len + 1 - len(window)), value=IGNORE)
+
+
+def evaluate(net: Transformer, windows: SlidingWindows, token_bytes: Tensor, batch_size: int) -> Tensor:
+    """`sums_by_position` over all windows, (3, seq_len), each target counted once."""
+    sums = torch.zeros(3, windows.seq_len, dtype=torch.float64)
+    context = windows.seq_len - windows.stride  # that every window but the first has before what it predicts
+    with torch.no_grad():
+        sums += sums_by_position(net, windows[0][None].to(token_bytes.device), token_bytes)
+        others = DataLoader(Subset(windows, range(1, len(windows))), batch_size)
+        for batch in tqdm(others, desc="evaluating", disable=None):  # None: where stderr is no terminal
+            sums[:, context:] += sums_by_position(net, batch.to(token_bytes.device), token_bytes, context)
+    return sums
+
+
+def position_table(columns: dict[str, Tensor]) -> str:
+    """Mean loss over positions 0, 1, 2 to 3, 4 to 7 and so on, as text.
+
+    Args:
+        columns: by their headings, sums of `sums_by_position`, (3, T) each
+    """
+    first = next(iter(columns.values()))
+    rows = [["position", "tokens", *columns]]
+    for start, end in ranges(first.shape[1]):
+        counts = [sums[:2, start:end].sum(-1).tolist() for sums in columns.values()]
+        if all(tokens for _, tokens in counts):
+            name = f"{start}" if end == start + 1 else f"{start}-{end - 1}"
+            rows.append([name, f"{int(counts[0][1]):,}", *(f"{nats / tokens:.4f}" for nats, tokens in counts)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def ranges(length: int) -> list[tuple[int, int]]:
+    """[0, 1), [1, 2), [2, 4), [4, 8) and so on up to `length`."""
+    edges = [0, *(2**power for power in range(length.bit_length()) if 2**power < length), length]
+    return list(itertools.pairwise(edges))
+
+
+def losses(sums: Tensor) -> list[float | None]:
+    """Mean loss at each position; None where there was nothing to predict."""
+    return [nats / tokens if tokens else None for nats, tokens in sums[:2].T.tolist()]

@@ -4,113 +4,205 @@ import argparse
 import csv
 import io
 import json
+import os
 from collections import defaultdict
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from mla_lm import cli
 from mla_lm.checkpoint import write_atomically
-from mla_lm.config import flatten, is_incidental
+from mla_lm.config import TrainConfig, differing, flatten
 from mla_lm.errors import UserError
+from mla_lm.flops import model_size
 from mla_lm.run import RunFolder, find_run
 
-# key of summary.json, heading, format
-COLUMNS = (
-    ("attention", "attention", "{}"),
-    ("parameters", "parameters", "{:,}"),
-    ("tokens_seen", "tokens", "{:,}"),
-    ("val_perplexity", "val ppl", "{:.2f}"),
-    ("test_perplexity", "test ppl", "{:.2f}"),
-    ("test_bits_per_byte", "test bits/byte", "{:.4f}"),
-    ("kv_cache_bytes_per_token", "cache B/token", "{:,.0f}"),
-    ("kv_cache_vs_mha", "vs MHA", "{:.3f}"),
-    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+# key of Run.figures, heading, format
+COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("attention", "attention", str),
+    ("parameters", "parameters", "{:,}".format),
+    ("flops_per_token", "FLOPs/token", lambda flops: f"{flops / 1e6:,.1f}M"),
+    ("tokens_seen", "tokens", "{:,}".format),
+    ("val_perplexity", "val ppl", "{:.2f}".format),
+    ("test_perplexity", "test ppl", "{:.2f}".format),
+    ("val_bits_per_byte", "val bits/byte", "{:.4f}".format),
+    ("test_bits_per_byte", "test bits/byte", "{:.4f}".format),
+    ("kv_cache_bytes_per_token", "cache B/token", "{:,.0f}".format),
+    ("kv_cache_vs_mha", "vs MHA", "{:.3f}".format),
+    ("tokens_per_second", "tokens/s", "{:,.0f}".format),
 )
+OF_ONE_TOKENIZER = ("val_perplexity", "test_perplexity")
+SIZE = ("model.num_layers", "model.d_model")
+
+
+@dataclass
+class Run:
+    """A run that came to its end."""
+
+    folder: RunFolder
+    config: TrainConfig
+    figures: dict[str, Any]  # summary.json, and flops_per_token
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The configuration by dotted keys."""
+        return flatten(asdict(self.config))
 
 
 def parse() -> argparse.Namespace:
     parser = cli.Parser(prog="python -m scripts.compare", description=__doc__)
     parser.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders of runs (of a multirun)")
-    parser.add_argument("--out", metavar="DIR", help="also write comparison.md and comparison.csv (every run) there")
+    parser.add_argument(
+        "--across-data",
+        action="store_true",
+        help="runs of different corpora or tokenizers too, by bits per byte alone, since perplexities do not compare",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="also write comparison.md, comparison.csv (every run) and comparison.png there"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    runs = [run for path in args.runs for run in runs_in(path)]
-    summaries = {run: summary_of(run) for run in runs}
-    if len({summary["data_fingerprint"] for summary in summaries.values()}) > 1:
+    runs = [load(folder) for folder in dict.fromkeys(folder for path in args.runs for folder in runs_in(path))]
+    different = len({run.figures["data_fingerprint"] for run in runs}) > 1
+    if different and not args.across_data:
         raise UserError(
             "these runs have different corpora or tokenizers, so their perplexities do not compare: "
-            "give runs of the same data"
+            "give runs of the same data, or --across-data for bits per byte alone"
         )
-    table = markdown([row_of(group, summaries) for group in same_but_for_seed(runs)])
+    rows = named_rows(same_but_for_seed(runs))
+    columns = [column for column in COLUMNS if not (args.across_data and column[0] in OF_ONE_TOKENIZER)]
+    cells = [[name, *cells_of(row, columns)] for name, row in rows.items()]
+    table = markdown([["run", *(heading for _, heading, _ in columns)], *cells])
+    if different:
+        table = f"{caption(runs)}\n\n{table}"
     print(table)
     if args.out:
-        write(Path(args.out) / "comparison.md", table + "\n")
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, ["run", *next(iter(summaries.values()))])
-        writer.writeheader()
-        writer.writerows({"run": run.path, **summary} for run, summary in summaries.items())
-        write(Path(args.out) / "comparison.csv", text.getvalue())
+        from scripts.plot import plot  # needs matplotlib, which the table does not
+
+        write(Path(args.out) / "comparison.md", (table + "\n").encode())
+        write(Path(args.out) / "comparison.csv", every_run(runs).encode())
+        folders = {name: [run.folder for run in row] for name, row in rows.items()}
+        write(Path(args.out) / "comparison.png", plot(folders, "bits_per_byte" if args.across_data else "loss"))
 
 
 def runs_in(path: str) -> list[RunFolder]:
     """The run that a path names, or the runs side by side in a folder."""
     parent = Path(path).expanduser().absolute()
-    children = sorted(parent.glob("*/config.yaml"))
+    children = sorted(parent.glob("*/config.yaml"), key=lambda file: (len(file.parent.name), file))  # 2 before 10
     if children and not (parent / "config.yaml").exists():
         return [RunFolder(child.parent) for child in children]
     return [find_run(path)[0]]
 
 
-def summary_of(run: RunFolder) -> dict[str, Any]:
-    """summary.json of a run that came to its end."""
-    summary = run.summary()
+def load(folder: RunFolder) -> Run:
+    """Raises UserError for a run that has not finished."""
+    summary, config = folder.summary(), folder.config()
     if not summary.get("finished"):
-        raise UserError(f"{run.path} has not finished: python train.py ckpt_path={run.path} goes on with it")
-    return summary
+        raise UserError(f"{folder.path} has not finished: python train.py ckpt_path={folder.path} goes on with it")
+    return Run(folder, config, {**summary, "flops_per_token": model_size(config.model).flops_per_token})
 
 
-def same_but_for_seed(runs: list[RunFolder]) -> list[list[RunFolder]]:
-    """Runs grouped by all of their configuration that means something, the seed apart; in the order of the first."""
+def same_but_for_seed(runs: list[Run]) -> list[list[Run]]:
+    """Runs grouped by their data and all by which their configurations differ, the seed apart; in the first's order."""
+    keys = [key for key in differing([run.config for run in runs]) if key != "seed"]
     groups = defaultdict(list)
     for run in runs:
-        config = flatten(asdict(run.config()))
-        steps = config["trainer.max_steps"]
-        kept = {key: value for key, value in config.items() if not is_incidental(key) and key != "seed"}
-        groups[json.dumps([steps, kept], sort_keys=True)].append(run)
+        groups[json.dumps([run.figures["data_fingerprint"], [run.keys[key] for key in keys]])].append(run)
     return list(groups.values())
 
 
-def row_of(group: list[RunFolder], summaries: dict[RunFolder, dict[str, Any]]) -> list[str]:
+def named_rows(groups: list[list[Run]]) -> dict[str, list[Run]]:
+    """Each group under a name: its first run's folder, how many more it has, and what sets it apart from the others."""
+    paths = [group[0].folder.path for group in groups]
+    folders = [path.name for path in paths]
+    if len(set(folders)) < len(folders):
+        shared = os.path.commonpath([path.parent for path in paths])
+        folders = [str(path.relative_to(shared)) for path in paths]
+    rows = {}
+    for folder, group in zip(folders, groups, strict=True):
+        more = len(group) - 1
+        if more:
+            seeds = {run.config.seed for run in group}
+            folder += f" + {more} {'seed' if len(seeds) > more else 'run'}{'s' * (more > 1)}"
+        keys = telling_keys(group[0], groups)
+        settings = [f"{key}={shortened(shown(group[0].keys[key]))}" for key in keys]
+        rows[", ".join([folder, *settings])] = group
+    return rows
+
+
+def telling_keys(run: Run, groups: list[list[Run]]) -> list[str]:
+    """Keys that set a run apart from the others; those of its model set it apart from the models most like it.
+
+    What differs between kinds of attention, and besides depth and width between sizes, the columns tell; the steps too.
+    """
+    others = [group[0] for group in groups]
+    same_kind = [other for other in others if other.config.model.attention_kind == run.config.model.attention_kind]
+    same_size = [other for other in same_kind if all(other.keys[key] == run.keys[key] for key in SIZE)]
+    keys = [key for key in differing([other.config for other in same_kind]) if key in SIZE]
+    keys += [key for key in differing([other.config for other in same_size]) if key.startswith("model.")]
+    keys += [key for key in differing([other.config for other in others]) if not key.startswith("model.")]
+    return [key for key in keys if key not in ("seed", "trainer.max_steps")]
+
+
+def shown(value: Any) -> str:
+    """As it would be typed on train.py's command line."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def shortened(text: str, most: int = 40) -> str:
+    """The end of a long value, where one path differs from another."""
+    return text if len(text) <= most else "..." + text[3 - most :]
+
+
+def cells_of(row: list[Run], columns: list[tuple]) -> list[str]:
     """A row of the table: of one run, or the mean and the standard deviation over several seeds."""
-    name = group[0].path.name if len(group) == 1 else f"{group[0].path.name} + {len(group) - 1} seeds"
-    cells = [name]
-    for key, _, form in COLUMNS:
-        values = [summaries[run][key] for run in group]
+    cells = []
+    for key, _, form in columns:
+        values = [run.figures[key] for run in row]
         if None in values:
             cells.append("-")
         elif len(set(values)) == 1:
-            cells.append(form.format(values[0]))
+            cells.append(form(values[0]))
         else:
-            cells.append(f"{form.format(mean(values))} ± {form.format(stdev(values))}")
+            cells.append(f"{form(mean(values))} ± {form(stdev(values))}")
     return cells
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """A table in Markdown, its columns padded so that it reads as well on a terminal."""
-    rows = [["run", *(heading for _, heading, _ in COLUMNS)], *rows]
+    """A table in Markdown, its columns padded so that it reads as well on a terminal; the first row is the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
 
 
-def write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+def caption(runs: list[Run]) -> str:
+    """What differs between the data of the runs, and what that means."""
+    keys = [key for key in differing([run.config for run in runs]) if key.startswith(("data.", "init_from"))]
+    return (
+        f"Across data, only bits per byte compares; these differ in {', '.join(keys) or 'the text of their files'}.\n"
+        "A validation sample is of data.val_tokens tokens, other text for other tokenizers; test is of a whole split."
+    )
+
+
+def every_run(runs: list[Run]) -> str:
+    """All figures of each run, seeds apart, and the settings by which the runs differ, as CSV."""
+    keys = differing([run.config for run in runs])
+    rows = [{"run": run.folder.path} | {key: shown(run.keys[key]) for key in keys} | run.figures for run in runs]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
-"""Loss, perplexity and bits per byte of a trained run: `python -m scripts.evaluate RUN`."""
+"""Loss, perplexity and bits per byte of a trained run: `python -m scripts.evaluate RUN`.
+
+With --tasks, how it does in tasks of EleutherAI's lm-evaluation-harness instead.
+"""
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader
 
 from mla_lm import cli
 from mla_lm.checkpoint import load_checkpoint, write_atomically
 from mla_lm.config import TrainConfig
+from mla_lm.data.shards import Tokens
 from mla_lm.data.sources import SPLITS, find_files
-from mla_lm.data.store import Tokens, open_store
+from mla_lm.data.store import open_store
 from mla_lm.data.text_files import check_format, read_file
 from mla_lm.data.tokenizer import encode, end_of_text_id, token_bytes
-from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
-from mla_lm.evaluate import metrics_of, totals_of
+from mla_lm.evaluate import SlidingWindows, evaluate, losses, metrics_of, position_table
 from mla_lm.hardware import choose_accelerator, inference_autocast
 from mla_lm.run import find_best, load_run
 
@@ -26,41 +30,97 @@ from mla_lm.run import find_best, load_run
 def parse() -> argparse.Namespace:
     parser = cli.Parser(prog="python -m scripts.evaluate", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="a run folder (its best checkpoint), or a checkpoint in one")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="of the run's corpus (default: %(default)s)")
+    parser.add_argument("--split", choices=SPLITS, help="of the run's corpus (default: test)")
     parser.add_argument("--files", metavar="GLOB", help="your own text files instead, with the run's tokenizer")
     parser.add_argument("--column", help="of .jsonl, .json and .parquet files (default: the run's data.column)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="a window begins every N tokens and predicts its last N, the first window all of its tokens; so each "
+        "token is predicted once, after at least seq_len - N others, in seq_len / N times the time (default: seq_len)",
+    )
+    parser.add_argument(
+        "--by-position",
+        action="store_true",
+        help="also the loss by position in the window: at position p a token has p + 1 others before it. With --stride "
+        "N, positions below seq_len - N are of the first window alone, as their count of tokens tells",
+    )
     parser.add_argument("--json", metavar="OUT", help="also write the figures there")
+    tasks = parser.add_argument_group("tasks", "need lm-eval: pip install -r requirements-eval.txt")
+    tasks.add_argument("--tasks", metavar="NAME[,NAME]", help="of lm-eval; `lm-eval ls tasks` lists them")
+    tasks.add_argument("--include-path", metavar="DIR", help="with tasks of your own, as YAML files")
+    tasks.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task only, for a try")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    check_tasks(args)
     device, _ = choose_accelerator("auto")
+    if args.tasks is not None:
+        evaluate_in_tasks(args, device)
+        return
     model, tokenizer, config = load_run(args.run, device)
+    seq_len = config.model.seq_len
+    stride = seq_len if args.stride is None else args.stride
+    if not 1 <= stride <= seq_len:
+        raise UserError(f"--stride {stride} must be at least 1 and at most the run's model.seq_len={seq_len}")
     if args.files:
         tokens = tokens_of_files(args.files, args.column or config.data.column, tokenizer, config)
     else:
-        tokens = tokens_of_split(args.run, args.split, tokenizer, config)
-    windows = EvaluationWindows(tokens, config.model.seq_len, split=args.files or args.split)
+        tokens = tokens_of_split(args.run, args.split or "test", tokenizer, config)
     lengths = torch.from_numpy(token_bytes(tokenizer)).to(device)
-    totals = torch.zeros(3, dtype=torch.float64)
-    with torch.no_grad(), inference_autocast(device, config.trainer.precision):
-        for batch in DataLoader(windows, batch_size=config.micro_batch_size):
-            totals += totals_of(model, batch.to(device), lengths)
+    with inference_autocast(device, config.trainer.precision):
+        sums = evaluate(model, SlidingWindows(tokens, seq_len, stride), lengths, config.micro_batch_size)
+    text, totals = args.files or args.split or "test", sums.sum(-1)
     if not totals[2]:
-        raise UserError(f"{args.files or args.split} has no text to predict: give more")
-    figures = {"run": str(args.run), "text": args.files or args.split, "tokens": int(totals[1]), **metrics_of(totals)}
+        raise UserError(f"{text} has no text to predict: give more")
+    figures = {"run": args.run, "text": text, "stride": stride, "tokens": int(totals[1]), **metrics_of(totals)}
     for name, value in figures.items():
         print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
+    if args.by_position:
+        print(f"\n{position_table({'loss': sums})}")
+        figures |= {"loss_by_position": losses(sums), "tokens_by_position": sums[1].int().tolist()}
     if args.json:
-        text = json.dumps(figures, indent=2) + "\n"
-        write_atomically(Path(args.json), lambda file: file.write(text.encode()))
+        write_json(Path(args.json), figures)
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    content = json.dumps(figures, indent=2, default=float) + "\n"  # float: numbers of numpy
+    write_atomically(path, lambda file: file.write(content.encode()))
+
+
+def check_tasks(args: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go with --tasks, or not without."""
+    own, others = ("include_path", "limit"), ("split", "files", "column", "stride", "by_position")
+    for name in own if args.tasks is None else others:
+        if getattr(args, name) not in (None, False):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} needs --tasks" if args.tasks is None else f"{option} does not go with --tasks")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit} must be at least 1")
+
+
+def evaluate_in_tasks(args: argparse.Namespace, device: str) -> None:
+    from mla_lm.harness import evaluate_tasks, table, task_manager  # lm-eval is an extra, and slow to import
+
+    run = load_run(args.run, device)
+    results = evaluate_tasks(run, args.tasks.split(","), task_manager(args.include_path), args.limit)
+    print(table(results))
+    if args.json:
+        kept = ("results", "groups", "versions", "n-shot", "n-samples", "cut_requests", "lm_eval_version")
+        figures = {"run": args.run, "limit": args.limit} | {name: results[name] for name in kept if name in results}
+        write_json(Path(args.json), figures | {"config": asdict(run[2])})
 
 
 def tokens_of_split(run: str, split: str, tokenizer: Tokenizer, config: TrainConfig) -> Tokens:
     """A split of the very data that the run was trained on; UserError where they have changed."""
+    fingerprint = load_checkpoint(find_best(run)[1]).get("data_fingerprint")
+    if fingerprint is None:
+        raise UserError(f"{run} was imported, so it has no data of its own: give --files")
     store = open_store(config.data, tokenizer if config.init_from else None)
-    if store.fingerprint != load_checkpoint(find_best(run)[1])["data_fingerprint"]:
+    if store.fingerprint != fingerprint:
         raise UserError(f"the data of {run} have changed since ({store.description}): restore them, or give --files")
     return store.tokens(split)
 
@@ -69,10 +129,13 @@ def tokens_of_files(files: str, column: str, tokenizer: Tokenizer, config: Train
     """All documents of the files, each followed by the end-of-text token."""
     end = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text)
     tokens: list[int] = []
-    for path in find_files(files):
-        check_format(path)
-        for text, ends in read_file(path, column):
-            tokens += encode(tokenizer, text) + [end] * ends
+    try:
+        for path in find_files(files):
+            check_format(path)
+            for text, ends in read_file(path, column):
+                tokens += encode(tokenizer, text) + [end] * ends
+    except UserError as error:  # worded for the keys of a configuration
+        raise UserError(str(error).replace("data.column", "--column").replace("data.files", "--files")) from error
     return np.array(tokens)
 
 
