@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -185,3 +186,45 @@ def check_fits(model: Transformer, weights: dict[str, torch.Tensor], checkpoint:
                 f"{checkpoint} holds another model: {name} is {there.get(name, 'missing')} there, "
                 f"{here.get(name, 'missing')} in the model to load it into"
             )
+
+
+def write_model(path: Path, config: TrainConfig, tokenizer: Tokenizer, checkpoint: dict[str, Any]) -> None:
+    """A run of a model that was not trained in it: `init_from` and the tools take it like any other.
+
+    Args:
+        checkpoint: the weights under `state_dict`; there is no training to go on with in it
+
+    Raises:
+        UserError: `path` has something in it, or cannot be written.
+    """
+    with whole_folder(path) as draft:
+        run = RunFolder(draft)
+        write_atomically(run.last, lambda file: torch.save(checkpoint, file))
+        run.write_tokenizer(tokenizer)
+        run.write_config(config)
+
+
+def check_free(path: Path) -> None:
+    """Raises UserError where there is something that a new folder would write over."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is not empty: give a folder that is new or empty")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into, which takes the place of `path` at once, whole or not at all.
+
+    Raises:
+        UserError: there is something in `path`, or it cannot be written.
+    """
+    check_free(path)
+    path = path.absolute()
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        os.rename(draft, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -27,6 +27,8 @@ class AttentionConfig:
     num_kv_heads: int | None = None
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
+    latent_norm: bool = True
+    rope_frequencies: list[float] | None = None
 
 
 @dataclass
@@ -46,6 +48,7 @@ class TransformerConfig:
     document_token: int | None = None  # id that begins a document: attention then stays within documents
     dropout: float = 0.0
     use_bias: bool = False
+    norm_eps: float = 1e-6  # of the norms on the residual stream; those on MLA's latents keep 1e-6, as DeepSeek's do
     tie_embeddings: bool = True
     activation_checkpointing: bool = False
 
@@ -63,6 +66,8 @@ class TransformerConfig:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
+        if not 0 < self.norm_eps < 1:
+            raise UserError(f"model.norm_eps={self.norm_eps} must be above 0 and below 1")
         shared = {
             "d_model": self.d_model,
             "num_heads": self.num_heads,
@@ -74,7 +79,8 @@ class TransformerConfig:
         }
         a = self.attention
         if self.attention_kind != "mla":
-            self._refuse(("q_compressed_dim", "rope_dim", "nope_dim", "value_dim"), "MLA, which sets kv_compressed_dim")
+            mla_alone = ("q_compressed_dim", "rope_dim", "nope_dim", "value_dim", "rope_frequencies")
+            self._refuse(mla_alone, "MLA, which sets kv_compressed_dim")
             return MHAConfig(**shared, num_kv_heads=a.num_kv_heads)
         self._refuse(("num_kv_heads",), "MHA, GQA and MQA; MLA's heads share one latent of kv_compressed_dim")
         if a.rope_dim is None:
@@ -86,6 +92,8 @@ class TransformerConfig:
             rope_dim=a.rope_dim,
             nope_dim=a.nope_dim,
             value_dim=a.value_dim,
+            latent_norm=a.latent_norm,
+            rope_frequencies=a.rope_frequencies,
         )
 
     def _refuse(self, names: tuple[str, ...], owner: str) -> None:
@@ -114,9 +122,9 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig):
         super().__init__()
         layer_config = config.layer_config()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = MLA(layer_config) if isinstance(layer_config, MLAConfig) else MHA(layer_config)
-        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
     def forward(self, x: Tensor, cache=None, documents: Documents | None = None) -> Tensor:
@@ -139,7 +147,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=1e-6)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

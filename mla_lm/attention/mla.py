@@ -36,6 +36,8 @@ class MLAConfig:
     value_dim: int | None = None  # [d_h]
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
+    latent_norm: bool = True  # False: of a model that was converted from MHA, which has no such norm
+    rope_frequencies: list[float] | None = None  # of such a model: rope_dim / 2 angles per position
 
     def __post_init__(self):
         check_positive(self, "d_model", "num_heads", "kv_compressed_dim", "q_compressed_dim", "rope_dim", "seq_len")
@@ -45,6 +47,12 @@ class MLAConfig:
             raise UserError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}")
         if self.rope_dim % 2:
             raise UserError(f"rope_dim={self.rope_dim} must be even: rotation works on pairs")
+        if self.rope_frequencies is not None and len(self.rope_frequencies) != self.rope_dim // 2:
+            raise UserError(
+                f"rope_frequencies are {len(self.rope_frequencies)}: rope_dim={self.rope_dim} takes half of it"
+            )
+        if self.rope_frequencies is not None and self.yarn.factor != 1:
+            raise UserError(f"yarn.factor={self.yarn.factor} does not go with rope_frequencies, which it cannot order")
         if self.nope_dim is None:
             self.nope_dim = self.d_model // self.num_heads
         if self.value_dim is None:
@@ -81,12 +89,12 @@ class MLA(nn.Module):
             self.q_norm = LatentNorm(c.q_compressed_dim, eps=1e-6)
             self.q_up = nn.Linear(c.q_compressed_dim, c.num_heads * self.qk_dim, bias=c.use_bias)  # W^UQ, W^QR
         self.kv_down = nn.Linear(c.d_model, c.kv_compressed_dim + c.rope_dim, bias=c.use_bias)  # W^DKV, W^KR
-        self.kv_norm = LatentNorm(c.kv_compressed_dim, eps=1e-6)
+        self.kv_norm = LatentNorm(c.kv_compressed_dim, eps=1e-6) if c.latent_norm else nn.Identity()
         # W^UK and W^UV never have a bias: in a key, it adds the same to all scores of a query, which softmax cancels;
         # in a value, it adds a constant to the output, which out_proj's bias already does.
         self.kv_up = nn.Linear(c.kv_compressed_dim, c.num_heads * (c.nope_dim + c.value_dim), bias=False)
         self.out_proj = nn.Linear(c.num_heads * c.value_dim, c.d_model, bias=c.use_bias)  # W^O, eq. 19
-        self.rope = RotaryEmbedding(c.rope_dim, c.seq_len, c.rope_base, c.yarn)
+        self.rope = RotaryEmbedding(c.rope_dim, c.seq_len, c.rope_base, c.yarn, c.rope_frequencies)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:

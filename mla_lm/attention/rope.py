@@ -60,7 +60,7 @@ class YarnConfig:
 
         first = max(math.floor(pair_that_turns(self.beta_fast)), 0)
         last = min(math.ceil(pair_that_turns(self.beta_slow)), dim - 1)
-        pair = torch.arange(len(frequency), dtype=frequency.dtype)
+        pair = torch.arange(len(frequency), dtype=frequency.dtype, device=frequency.device)
         slowed = ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)
         return frequency * (1 - slowed) + frequency / self.factor * slowed
 
@@ -83,9 +83,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class RotaryEmbedding(nn.Module):
     """Cosines and sines of every position below `seq_len`, in fp32 whatever the model is cast to."""
 
-    def __init__(self, dim: int, seq_len: int, base: float = 10000.0, yarn: YarnConfig | None = None):
+    def __init__(
+        self,
+        dim: int,
+        seq_len: int,
+        base: float = 10000.0,
+        yarn: YarnConfig | None = None,
+        frequencies: list[float] | None = None,  # (dim/2,) radians per position; None: base^(-2i / dim)
+    ):
         super().__init__()
         self.dim, self.seq_len, self.base, self.yarn = dim, seq_len, base, yarn or YarnConfig()
+        self.frequencies = frequencies
         self.register_buffer("cos", torch.empty(seq_len, dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(seq_len, dim // 2), persistent=False)
         self._fill()
@@ -93,6 +101,8 @@ class RotaryEmbedding(nn.Module):
     def _fill(self) -> None:
         device = self.cos.device
         frequency = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu") / self.dim)
+        if self.frequencies is not None:
+            frequency = torch.tensor(self.frequencies, dtype=torch.float64, device="cpu")
         frequency = self.yarn.slow_down(frequency, self.base, self.seq_len)
         angle = torch.outer(torch.arange(self.seq_len, dtype=torch.float64, device="cpu"), frequency)
         self.cos, self.sin = ((self.yarn.amplitude * t).float().to(device) for t in (angle.cos(), angle.sin()))

@@ -1,0 +1,1 @@
+"""Models as `transformers` has them, folders of safetensors and JSON: written and read without that library."""

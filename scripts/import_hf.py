@@ -1,0 +1,33 @@
+"""Make a run of a model in `transformers`' format: an MLA model of DeepSeek's kind with dense layers, or a Llama.
+
+`train.py init_from=RUN` fine-tunes it; generate, evaluate --files and export take it like any other run.
+"""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from mla_lm import cli
+from mla_lm.flops import model_size
+from mla_lm.hf.folder import import_folder
+
+
+def parse() -> argparse.Namespace:
+    parser = cli.Parser(prog="python -m scripts.import_hf", description=__doc__)
+    parser.add_argument("folder", metavar="DIR", help="with config.json, tokenizer.json and model.safetensors")
+    parser.add_argument("run", metavar="RUN", help="a folder that is new or empty")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    run = Path(args.run).expanduser()
+    config = import_folder(Path(args.folder).expanduser(), run)
+    size, path = model_size(config.model), shlex.quote(str(run))
+    print(f"imported    {size.attention}, {size.parameters:,} parameters, a context of {config.model.seq_len:,} tokens")
+    print(f'sample      python -m scripts.generate {path} --prompt "..."')
+    print(f"fine-tune   python train.py init_from={path} data=text data.files=... optimizer.lr=3e-4")
+
+
+if __name__ == "__main__":
+    cli.run(main)
