@@ -32,6 +32,7 @@ from mla_lm.hardware import (
 )
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.loggers import build_loggers, finish_wandb
+from mla_lm.positions import LossByPosition
 from mla_lm.progress import progress
 from mla_lm.report import data_lines, end_report, git_commit, size_table
 from mla_lm.run import RunFolder, check_fits, find_best, find_run, load_weights
@@ -191,6 +192,8 @@ class _Training:
             self.checkpoints,
             self.stop_on_signal,
         ]
+        if config.loss_by_position:
+            self.callbacks.append(LossByPosition(config, run))
         self.began = began
 
     def run_to_end(self, datamodule: TextDataModule, checkpoint: Path | None) -> float:

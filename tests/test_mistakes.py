@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import refused, succeeded
+from tests.conftest import SMALL, refused, succeeded
 
 MISTAKES = [
     (["model=mla_smal"], ["mla_smal", "mla_small"]),
@@ -94,6 +94,43 @@ def test_text_shorter_than_a_window(train, tmp_path):
 def test_missing_column(train, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"body": "text"}\n' * 10)
     refused(train("data.files=rows.jsonl"), "text", "body")
+
+
+def test_column_that_is_not_text(train, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": 3, "body": "text"}\n' * 10)
+    refused(train("data.files=rows.jsonl"), "rows.jsonl", "column text", "not text but int", "body")
+
+
+HUB = (*SMALL, "data=hub", "data.cache_dir=cache")
+
+
+def test_wrong_split(train, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "a few words"}\n' * 10)
+    refused(train.bare(*HUB, "data.path=set", "data.splits.validation=dev"), "no split dev", "data.splits.validation")
+
+
+def test_no_network(train, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    refused(train.bare(*HUB, "data.path=org/none"), "data.path=org/none", "cannot be reached", "data=text")
+
+
+MIXTURE = "data.parts=[{{source:text,files:'{0}',weight:0.5}},{{source:text,files:'{0}',{1}}}]"
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ("weight:0.4", ["data.parts", "sum to 0.9", "0.55555556, 0.44444444"]),
+        ("weight:-0.5", ["data.parts[1].weight=-0.5", "0.001"]),
+        ("wieght:0.5", ["wieght", "data.parts", "did you mean weight"]),
+        ("weight: half", ["data.parts", "half"]),
+        ("weight:0.5,splits:{dev:a}", ["dev", "data.parts"]),
+        ("weight:0.5,path:org/none", ["data.parts[1]", "data.path", "data=text"]),
+    ],
+)
+def test_mixture(train, corpus, second, words):
+    refused(train.bare(*SMALL, "data=mixture", MIXTURE.format(corpus, second)), *words)
 
 
 def test_unwritable_folder(train, tmp_path):

@@ -55,8 +55,29 @@ def test_kinds_differ_in_attention_and_feed_forward_only(size):
     assert all(shared(preset(f"{kind}_{size}")) == shared(preset(f"mha_{size}")) for kind in KINDS)
 
 
-@pytest.mark.parametrize("name", [file.stem for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))])
-def test_experiments_compose(name):
+# Experiment: what else it needs on the command line, its vocabulary, and about how many parameters its head speaks of.
+EXPERIMENTS = {
+    "extend_context": ([], 4096, 5.0e6),
+    "python_stdlib_small": ([], 4096, 5.0e6),
+    "shakespeare_char": (["data.files=input.txt"], 66, 0.79e6),
+    "tinystories_30m": ([], 8192, 29.4e6),
+    "wikitext103_medium": ([], 16384, 97.5e6),
+}
+
+
+def test_every_experiment_is_known_here():
+    assert sorted(EXPERIMENTS) == sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments(name):
+    overrides, vocab_size, parameters = EXPERIMENTS[name]
     register_schema()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        OmegaConf.to_object(compose("train", [f"experiment={name}"])).check()
+        config = OmegaConf.to_object(compose("train", [f"experiment={name}", *overrides]))
+    config.check()
+    if config.data.tokenizer.kind == "bpe":
+        assert config.data.tokenizer.vocab_size == vocab_size
+    config.model.vocab_size = vocab_size
+    assert model_size(config.model).parameters == pytest.approx(parameters, rel=0.01)
+    assert config.model.attention_kind == "mla"
