@@ -5,13 +5,19 @@ MLA becomes a DeepseekV3ForCausalLM, MHA, GQA and MQA a LlamaForCausalLM.
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 import torch
 
 from mla_lm import cli
+from mla_lm.data.windows import EvaluationWindows
+from mla_lm.errors import UserError
+from mla_lm.hf.check import compare_with_transformers
 from mla_lm.hf.engines import engines_for
 from mla_lm.hf.folder import export_run
+from mla_lm.run import load_run
+from scripts.evaluate import tokens_of_split
 
 
 def parse() -> argparse.Namespace:
@@ -21,12 +27,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
     )
+    parser.add_argument(
+        "--check", action="store_true",
+        help="have transformers load it in a process of its own, and compare the loss on the run's test split and a "
+        "greedy continuation",
+    )  # fmt: skip
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     out = Path(args.out).expanduser()
+    if args.check and args.dtype != "float32":
+        raise UserError(f"--check compares in fp32: leave out --dtype {args.dtype}")
     config = export_run(args.run, out, getattr(torch, args.dtype))
     print(f"written     {shlex.quote(str(out))}: model.safetensors in {args.dtype}, tokenizer, README.md")
     print(f'load        AutoModelForCausalLM.from_pretrained("{out}")')
@@ -35,6 +48,18 @@ def main() -> None:
         print(f"  {verdict.engine:14}{verdict.word}")
         for note in verdict.notes:
             print(f"{'':16}{note}")
+    if args.check:
+        agrees, figures = compare_with_transformers(args.run, out, windows_of_test(args.run))
+        print(f"check       {figures}")
+        if not agrees:
+            sys.exit(1)
+
+
+def windows_of_test(run: str) -> torch.Tensor:
+    """The test split of a run, (N, seq_len + 1) ids."""
+    _, tokenizer, config = load_run(run)
+    tokens = tokens_of_split(run, "test", tokenizer, config)
+    return torch.stack(list(EvaluationWindows(tokens, config.model.seq_len, split="test")))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mla_lm import AttentionConfig, cli, load_run
+from mla_lm.hf.check import compare_with_transformers
+from mla_lm.hf.folder import export_run
 from scripts import evaluate, export
 from tests.conftest import Result, call_main, refused, succeeded, summary_of
 from tests.hf.models import make_run, tensors
@@ -82,6 +85,23 @@ def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file.txt").write_text("mine")
     refused(call(tmp_path, "run", "file.txt/out"), "file.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "run"]
+
+
+def test_check(train, tmp_path):
+    """It says that another process agrees, and fails where one does not."""
+    succeeded(train("hydra.run.dir=run", "model.seq_len=64"))
+    result = succeeded(call(tmp_path, "run", "out", "--check"))
+    assert "DeepseekV3ForCausalLM has loss " in result.stdout
+    assert "the same 48 greedy tokens" in result.stdout
+    other = make_run(tmp_path / "other", MLA)
+    windows = torch.randint(257, (2, other.config.seq_len + 1))
+    export_run(tmp_path / "other", tmp_path / "theirs")
+    assert compare_with_transformers(tmp_path / "other", tmp_path / "theirs", windows)[0]
+    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+    weights["model.layers.1.self_attn.kv_b_proj.weight"] *= 1.1
+    save_file(weights, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
+    assert not compare_with_transformers(tmp_path / "other", tmp_path / "theirs", windows)[0]
+    refused(call(tmp_path, "run", "short", "--check", "--dtype", "bfloat16"), "--check", "fp32")
 
 
 def test_biases_that_deepseek_has_not(tmp_path):
