@@ -22,7 +22,8 @@ MOST_PASSES = 20  # over a small part for the tokenizer, which learns little fro
 def open_mixture(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
     """The tokens of all parts that `config` names, each from a token store of its own, as `open_store` says."""
     configs = [_part(config, number) for number in range(len(config.parts))]
-    tokenizer = tokenizer or _tokenizer(config, configs)
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, configs)
     stores = []
     for number, part in enumerate(configs):
         with in_part(number):
