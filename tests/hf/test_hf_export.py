@@ -170,7 +170,7 @@ def test_yarn_of_deepseek_names_both_mscales(tmp_path):
 
 
 def test_a_converted_model_has_norms_that_do_nothing(tmp_path):
-    """MLA from MHA has no norm of the latent, DeepseekV3 has one: latents of any usual size come through it unchanged."""
+    """MLA from MHA has no norm of the latent, DeepseekV3 has one: usual latents come through it unchanged."""
     ours = make_run(tmp_path / "run", AttentionConfig(kv_compressed_dim=24, rope_dim=8, latent_norm=False))
     export_run(tmp_path / "run", tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -182,3 +182,21 @@ def test_a_converted_model_has_norms_that_do_nothing(tmp_path):
     import_folder(tmp_path / "out", tmp_path / "back")
     with torch.no_grad():
         close(load_run(tmp_path / "back")[0](tokens), expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["mla", "gqa", "mla-yarn"])
+def test_long_positions(tmp_path, name):
+    """At 4,000 positions their angles, products in fp32, are off by 1e-4; with the same angles logits are the same."""
+    attention, others = MODELS[name]
+    ours = make_run(tmp_path / "run", attention, **{**others, "seq_len": 4096, "num_layers": 1})
+    export_run(tmp_path / "run", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = random_tokens(1, 4096)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        close(ours(tokens)[:, :512], expected[:, :512], 1e-5)
+        close(ours(tokens), expected, 2e-4)
+        rope, rotary = ours.blocks[0].attention.rope, theirs.model.rotary_emb
+        angle = torch.outer(torch.arange(4096.0), rotary.inv_freq)
+        rope.cos, rope.sin = rotary.attention_scaling * angle.cos(), rotary.attention_scaling * angle.sin()
+        close(ours(tokens), expected, 1e-5)
