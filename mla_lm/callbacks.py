@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from mla_lm.columns import printable
 from mla_lm.config import TrainConfig
 from mla_lm.data.store import TokenStore
 from mla_lm.data.tokenizer import decode, encode
@@ -132,9 +133,10 @@ class Samples(Callback):
         if not trainer.is_global_zero or not self.config.samples.max_tokens:
             return
         rows = [[prompt, self._continue(module, ids)] for prompt, ids in self.prompts.items()]
-        print(f"samples at step {trainer.global_step}:")
+        say = bar.print if (bar := trainer.progress_bar_callback) else print  # above the bar, not beside it
+        say(f"samples at step {trainer.global_step}:")
         for prompt, text in rows:
-            print("  | " + (prompt + text).replace("\n", "\n  | "))
+            say("  | " + "\n  | ".join(map(printable, (prompt + text).expandtabs(4).split("\n"))))
         for logger in trainer.loggers:
             if type(logger).__name__ == "WandbLogger":
                 logger.log_text("samples", columns=["prompt", "continuation"], data=rows, step=trainer.global_step)

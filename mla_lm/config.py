@@ -123,6 +123,11 @@ class TrainConfig:
         for name, value in counts.items():
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
+        if self.model.attention.yarn.factor != 1 and not self.init_from:
+            raise UserError(
+                f"model.attention.yarn.factor={self.model.attention.yarn.factor} extends the context of a trained run: "
+                "give init_from=RUN"
+            )
         unit = self.model.seq_len * self.world_size
         if self.tokens_per_step < unit or self.tokens_per_step % unit:
             raise UserError(

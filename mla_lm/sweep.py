@@ -173,7 +173,9 @@ def reported(arguments: list[str]) -> Iterator[None]:
         print(end_report(SweepCallback.sweep, arguments))
         if failed := [trial for trial in trials_of(SweepCallback.sweep) if trial.status == "failed"]:
             reasons = [f"  {trial.run.path}: {trial.error.partition(chr(10))[0]}" for trial in failed]
-            raise UserError("\n".join([f"{len(failed)} jobs failed:", *reasons]))
+            more = [f"  {len(failed) - 1} more, in the table above"] if len(failed) > 2 else reasons[1:]
+            jobs = "job" if len(failed) == 1 else "jobs"
+            raise UserError("\n".join([f"{len(failed)} {jobs} failed:", reasons[0], *more]))
     if problem:
         raise UserError(problem)
 

@@ -61,8 +61,7 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
     began = time.monotonic()
     state = _load_state(checkpoint) if checkpoint else None
     device, why = choose_accelerator(config.trainer.accelerator)
-    choices = [f"device      {device} ({why})"]
-    config.trainer.accelerator = "gpu" if device == "cuda" else device
+    choices, config.trainer.accelerator = [f"device      {device} ({why})"], {"cuda": "gpu"}.get(device, device)
     config.trainer.precision, why = choose_precision(config.trainer.precision, device)
     choices.append(f"precision   {config.trainer.precision} ({why})")
 
@@ -70,9 +69,8 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
     _take_from_tokenizer(config, store)
     datamodule = TextDataModule(config, store)
     peak_flops = matmul_flops_per_second(device, config.trainer.precision) * config.world_size
-    config.compile, why = choose_compile(
-        config.compile, device, _training_flops(config) / peak_flops, config.data.document_mask
-    )
+    seconds = _training_flops(config) / peak_flops
+    config.compile, why = choose_compile(config.compile, device, seconds, config.data.document_mask)
     choices.append(f"compile     {config.compile} ({why})")
 
     torch.manual_seed(config.seed)
@@ -80,8 +78,10 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
     if state:
         check_fits(net, state["state_dict"], checkpoint)
         datamodule.start_step = _start_step(config, run, state)
+        choices.append(f"resumed     after step {datamodule.start_step}")
     elif config.init_from:
         load_weights(net, find_best(config.init_from)[1])
+        choices.append(f"begun from  {config.init_from}: its weights and tokenizer, on the data above")
     training = _Training(config, run, store, net, device, peak_flops, began)
     table = size_table(config, DTYPES[config.trainer.precision])
 

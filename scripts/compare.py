@@ -100,8 +100,13 @@ def runs_in(path: str) -> list[RunFolder]:
 
 
 def load(folder: RunFolder) -> Run:
-    """Raises UserError for a run that has not finished."""
+    """Raises UserError for a run that has not finished, or was none of training."""
     summary, config = folder.summary(), folder.config()
+    if not summary:
+        raise UserError(
+            f"{folder.path} has no summary.json: it was imported, converted, or killed before its end.\n"
+            "  scripts.evaluate measures such a model; train.py ckpt_path=RUN goes on with a run that was killed"
+        )
     if not summary.get("finished"):
         raise UserError(f"{folder.path} has not finished: python train.py ckpt_path={folder.path} goes on with it")
     return Run(folder, config, {**summary, "flops_per_token": model_size(config.model).flops_per_token})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mla_lm import cli
-from mla_lm.columns import Column, Screen
+from mla_lm.columns import Column, Screen, printable
 from mla_lm.continuation import Continuation, Decoding, in_turns
 from mla_lm.errors import UserError
 from mla_lm.generate import check_sampling, generate
@@ -126,10 +126,15 @@ def show_text(prompts: list[str], run: SampledRun) -> None:
     decoding, shown = run.begin(prompts), 0
     for _ in chain([None], in_turns(decoding)):  # the prompt at once
         settled = settled_text(decoding.texts)
-        print(settled[shown:], end="", flush=True)
+        print(for_screen(settled[shown:]), end="", flush=True)
         shown = max(shown, len(settled))
     print("\n", flush=True)
     print(speed_and_cache(decoding), file=sys.stderr)
+
+
+def for_screen(text: str) -> str:
+    """As it is, but on a terminal without what would move the cursor or colour the screen."""
+    return "\n".join(map(printable, text.expandtabs(4).split("\n"))) if sys.stdout.isatty() else text
 
 
 def settled_text(texts: list[Continuation]) -> str:

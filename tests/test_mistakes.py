@@ -37,6 +37,7 @@ MISTAKES = [
     (["data.document_mask=true", "compile=true"], ["compile=true", "data.document_mask"]),
     (["ckpt_path=a", "init_from=b"], ["a"]),
     (["experiment=foo"], ["experiment=foo"]),
+    (["experiment=extend_context"], ["yarn.factor=4.0", "init_from=RUN"]),
     (["seed=1,2"], ["seed", "-m"]),
     (["model"], ["model", "key=value"]),
     (["--nonsense"], ["--nonsense", "--help"]),

@@ -57,7 +57,7 @@ def test_kinds_differ_in_attention_and_feed_forward_only(size):
 
 # Experiment: what else it needs on the command line, its vocabulary, and about how many parameters its head speaks of.
 EXPERIMENTS = {
-    "extend_context": ([], 4096, 5.0e6),
+    "extend_context": (["init_from=run"], 4096, 5.0e6),
     "python_stdlib_small": ([], 4096, 5.0e6),
     "shakespeare_char": (["data.files=input.txt"], 66, 0.79e6),
     "tinystories_30m": ([], 8192, 29.4e6),

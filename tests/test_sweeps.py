@@ -171,7 +171,7 @@ def test_a_killed_sweep_goes_on(train, tmp_path):
 
     result = train.bare(*command, "hydra.sweep.dir=sweep")
     assert result.returncode == 2
-    assert "1 jobs failed" in result.stderr
+    assert "1 job failed" in result.stderr
     assert "seed=-1" in result.stderr
     skipped = [line.split("/")[-1] for line in result.stdout.splitlines() if line.startswith("skipped ")]
     assert skipped == ["0: it has finished", "2: it has finished"]
@@ -245,7 +245,7 @@ def test_submitit(tmp_path, train, monkeypatch):
     command = ["train.py", "-m", *SMALL, *train.data, *rates]
     result = call_main(lambda: cli.run(train_script.main, TrainConfig), command, ROOT)
     assert result.returncode == 2
-    assert "1 jobs failed" in result.stderr
+    assert "1 job failed" in result.stderr
     assert "optimizer.lr" in result.stderr.splitlines()[-1]
     assert {row["run"]: row["status"] for row in table_of(result)} == {"0": "finished", "1": "finished", "2": "failed"}
     assert summary_of(tmp_path / "sweep" / "1")["finished"]

@@ -282,7 +282,7 @@ def test_multirun_goes_on_after_a_failure(train, tmp_path):
     result = train.bare(*multirun, "model.num_heads=4,5", "hydra.sweep.dir=sweep")
     assert result.returncode == 2
     assert "num_heads=5" in result.stderr
-    assert "1 jobs failed" in result.stderr
+    assert "1 job failed" in result.stderr
     result = train.bare(*multirun, "model.num_heads=5,4", "hydra.sweep.dir=again")
     assert result.returncode == 2
     assert not (tmp_path / "again" / "0").exists()

@@ -128,7 +128,9 @@ def test_refuses(runs):
 
 def test_an_unfinished_run(runs, tmp_path):
     shutil.copy(runs / "mla" / "config.yaml", tmp_path)
-    refused(run(tmp_path, "."), "not finished", "ckpt_path=")
+    refused(run(tmp_path, "."), "no summary.json", "converted", "scripts.evaluate", "ckpt_path=")
+    (tmp_path / "summary.json").write_text('{"finished": false}')
+    refused(run(tmp_path, "."), "not finished", f"ckpt_path={tmp_path}")
 
 
 def test_damaged_metrics(runs, tmp_path):
