@@ -75,15 +75,22 @@ class SlidingWindows(Dataset):
         return torch.nn.functional.pad(window, (0, self.seq_len + 1 - len(window)), value=IGNORE)
 
 
-def evaluate(net: Transformer, windows: SlidingWindows, token_bytes: Tensor, batch_size: int) -> Tensor:
-    """`sums_by_position` over all windows, (3, seq_len), each target counted once."""
-    sums = torch.zeros(3, windows.seq_len, dtype=torch.float64)
-    context = windows.seq_len - windows.stride  # that every window but the first has before what it predicts
+def sums_over(net: Transformer, windows: Dataset, token_bytes: Tensor, batch_size: int, first: int = 0) -> Tensor:
+    """`sums_by_position` over all windows, (3, T - first)."""
+    sums = 0.0
     with torch.no_grad():
-        sums += sums_by_position(net, windows[0][None].to(token_bytes.device), token_bytes)
-        others = DataLoader(Subset(windows, range(1, len(windows))), batch_size)
-        for batch in tqdm(others, desc="evaluating", disable=None):  # None: where stderr is no terminal
-            sums[:, context:] += sums_by_position(net, batch.to(token_bytes.device), token_bytes, context)
+        for batch in tqdm(DataLoader(windows, batch_size), desc="evaluating", disable=None):  # None: on no terminal
+            sums += sums_by_position(net, batch.to(token_bytes.device), token_bytes, first)
+    return sums
+
+
+def evaluate(net: Transformer, windows: SlidingWindows, token_bytes: Tensor, batch_size: int) -> Tensor:
+    """`sums_over` all windows, (3, seq_len), each target counted once."""
+    context = windows.seq_len - windows.stride  # that every window but the first has before what it predicts
+    sums = sums_over(net, Subset(windows, [0]), token_bytes, batch_size)
+    if len(windows) > 1:
+        others = Subset(windows, range(1, len(windows)))
+        sums[:, context:] += sums_over(net, others, token_bytes, batch_size, context)
     return sums
 
 

@@ -8,12 +8,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from mla_lm.attention import YarnConfig
 from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig
-from mla_lm.evaluate import position_table, ranges, sums_by_position
+from mla_lm.evaluate import position_table, ranges, sums_over
 from mla_lm.hardware import inference_autocast
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.run import RunFolder
@@ -55,16 +54,15 @@ class LossByPosition(Callback):
 
     def _trained_length(self) -> int | None:
         yarn = self.config.model.attention.yarn
-        return None if yarn.factor == 1 else yarn.original_seq_len or int(self.config.model.seq_len / yarn.factor)
+        return None if yarn.factor == 1 else int(yarn.trained_length(self.config.model.seq_len))
 
     def _measure(self, net: Transformer, trainer: L.Trainer, module: LanguageModel) -> Tensor:
         """Sums of `sums_by_position` over the validation sample, (3, seq_len)."""
-        training, device = net.training, module.device
-        sums = torch.zeros(3, self.config.model.seq_len, dtype=torch.float64)
+        training = net.training
         net.eval()
-        with torch.no_grad(), inference_autocast(device.type, self.config.trainer.precision):
-            for batch in DataLoader(trainer.datamodule.val_windows, batch_size=self.config.micro_batch_size):
-                sums += sums_by_position(net, batch.to(device), module.token_bytes)
+        with inference_autocast(module.device.type, self.config.trainer.precision):
+            windows = trainer.datamodule.val_windows
+            sums = sums_over(net, windows, module.token_bytes, self.config.micro_batch_size)
         net.train(training)
         return sums
 

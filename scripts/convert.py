@@ -20,7 +20,7 @@ from mla_lm.convert import convert, converted_config
 from mla_lm.data.tokenizer import token_bytes
 from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
-from mla_lm.evaluate import metrics_of, totals_of
+from mla_lm.evaluate import metrics_of, sums_over
 from mla_lm.flops import model_size
 from mla_lm.hardware import DTYPES
 from mla_lm.run import check_free, find_best, load_run, write_model
@@ -91,11 +91,8 @@ def texts(
 
 def figures(net: Transformer, windows: EvaluationWindows, tokenizer: Tokenizer, config: TrainConfig) -> str:
     """Quality of a model, in fp32, and the size of its cache."""
-    totals, lengths = torch.zeros(3, dtype=torch.float64), torch.from_numpy(token_bytes(tokenizer))
-    with torch.no_grad():
-        for batch in torch.utils.data.DataLoader(windows, batch_size=config.micro_batch_size):
-            totals += totals_of(net, batch, lengths)
-    metrics, size = metrics_of(totals), model_size(net.config)
+    sums = sums_over(net, windows, torch.from_numpy(token_bytes(tokenizer)), config.micro_batch_size)
+    metrics, size = metrics_of(sums.sum(-1)), model_size(net.config)
     cache = size.cache_bytes_per_token(net.config.num_layers, DTYPES[config.trainer.precision])
     return (
         f"{size.attention}, {metrics['loss']:.4f} nats per token, {metrics['bits_per_byte']:.4f} bits per byte, "

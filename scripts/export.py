@@ -49,17 +49,13 @@ def main() -> None:
         for note in verdict.notes:
             print(f"{'':16}{note}")
     if args.check:
-        agrees, figures = compare_with_transformers(args.run, out, windows_of_test(args.run))
+        model, tokenizer, config = load_run(args.run)
+        tokens = tokens_of_split(args.run, "test", tokenizer, config)
+        windows = torch.stack(list(EvaluationWindows(tokens, config.model.seq_len, split="test")))
+        agrees, figures = compare_with_transformers(model, out, windows)
         print(f"check       {figures}")
         if not agrees:
             sys.exit(1)
-
-
-def windows_of_test(run: str) -> torch.Tensor:
-    """The test split of a run, (N, seq_len + 1) ids."""
-    _, tokenizer, config = load_run(run)
-    tokens = tokens_of_split(run, "test", tokenizer, config)
-    return torch.stack(list(EvaluationWindows(tokens, config.model.seq_len, split="test")))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ class Documents:
         return cls(starts.int(), starts.diff().tolist(), positions.view(tokens.shape))
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> Tensor:
-    """`causal_attention` of every document by itself.
+def document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None) -> Tensor:
+    """`causal_attention`, of every document by itself where there are any.
 
     Args:
         q: (B, H, T, D)
@@ -45,6 +45,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents:
     Returns:
         (B, H, T, D)
     """
+    if documents is None:
+        return causal_attention(q, k, v, scale)
     B, H, T, _ = q.shape
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B * T, H | H_kv, D)
     if q.is_cuda and q.dtype != torch.float32:

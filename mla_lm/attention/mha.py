@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mla_lm.attention.cache import LayerCache
 from mla_lm.attention.documents import Documents, document_attention
-from mla_lm.attention.fused import causal_attention
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 from mla_lm.attention.sizes import check_positive
 from mla_lm.errors import UserError
@@ -82,10 +81,7 @@ class MHA(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = (tensor.to(q.dtype) for tensor in cache.append(k, v))
-        if documents is None:
-            out = causal_attention(q, k, v, self.scale)
-        else:
-            out = document_attention(q, k, v, self.scale, documents)
+        out = document_attention(q, k, v, self.scale, documents)
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
 
     def new_cache(

@@ -151,10 +151,7 @@ class MLA(nn.Module):
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, -1, c.num_heads, -1)), dim=-1)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if documents is None:
-            out = causal_attention(q, k, v, self.scale)
-        else:
-            out = document_attention(q, k, v, self.scale, documents)
+        out = document_attention(q, k, v, self.scale, documents)
         return out.transpose(1, 2).flatten(2)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:

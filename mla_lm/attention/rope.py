@@ -38,22 +38,23 @@ class YarnConfig:
     @property
     def score_scale(self) -> float:
         """Factor of all scores."""
-        return self._sharpening(self.mscale_all_dim) ** 2
+        return sharpening(self.factor, self.mscale_all_dim) ** 2
 
     @property
     def amplitude(self) -> float:
         """Factor of the cosines and sines."""
-        return self._sharpening(self.mscale) / self._sharpening(self.mscale_all_dim)
+        return sharpening(self.factor, self.mscale) / sharpening(self.factor, self.mscale_all_dim)
 
-    def _sharpening(self, mscale: float) -> float:
-        return 0.1 * mscale * math.log(self.factor) + 1
+    def trained_length(self, seq_len: int) -> float:
+        """The length that was trained on, where the context is now `seq_len`."""
+        return self.original_seq_len or seq_len / self.factor
 
     def slow_down(self, frequency: Tensor, base: float, seq_len: int) -> Tensor:
         """Angles per position, (D/2,), of plain RoPE to those of YaRN (arXiv 2309.00071, section 3.2)."""
         if self.factor == 1:
             return frequency
         dim = 2 * len(frequency)
-        trained = self.original_seq_len or seq_len / self.factor
+        trained = self.trained_length(seq_len)
 
         def pair_that_turns(times: float) -> float:
             return dim * math.log(trained / (2 * math.pi * times)) / (2 * math.log(base))
@@ -63,6 +64,11 @@ class YarnConfig:
         pair = torch.arange(len(frequency), dtype=frequency.dtype, device=frequency.device)
         slowed = ((pair - first) / max(last - first, 1e-3)).clamp(0, 1)
         return frequency * (1 - slowed) + frequency / self.factor * slowed
+
+
+def sharpening(factor: float, mscale: float = 1.0) -> float:
+    """What longer context multiplies queries and keys by (arXiv 2309.00071; `mscale` is DeepSeek's)."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

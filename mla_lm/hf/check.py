@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from mla_lm.errors import UserError
 from mla_lm.generate import generate
-from mla_lm.run import load_run
+from mla_lm.transformer import Transformer
 
 NEW_TOKENS = 64
 PROMPT_TOKENS = 16
@@ -41,17 +41,17 @@ print(json.dumps({"nats": nats, "ids": out[0, prompt.shape[1] :].tolist(), "clas
 """
 
 
-def compare_with_transformers(run: str | Path, folder: Path, windows: Tensor) -> tuple[bool, str]:
+def compare_with_transformers(model: Transformer, folder: Path, windows: Tensor) -> tuple[bool, str]:
     """Whether both have the same loss on some text and continue its beginning alike, and their figures in words.
 
     Args:
+        model: of the run, in evaluation mode
         folder: what `export_run` wrote of the run, in fp32
         windows: (N, T + 1) ids, -100 after the end; the first begins with more than a prompt
 
     Raises:
         UserError: transformers is not there, or cannot use the folder.
     """
-    model, _, _ = load_run(run)
     new_tokens = min(NEW_TOKENS, model.config.seq_len - PROMPT_TOKENS)
     with torch.no_grad():
         nats = 0.0

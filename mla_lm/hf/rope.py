@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from mla_lm.attention.rope import YarnConfig
+from mla_lm.attention.rope import YarnConfig, sharpening
 from mla_lm.errors import UserError
 from mla_lm.transformer import TransformerConfig
 
@@ -18,7 +18,7 @@ def rope_to_json(config: TransformerConfig) -> dict[str, Any]:
         "rope_type": "yarn",
         "type": "yarn",
         "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_seq_len or _plain(config.seq_len / yarn.factor),
+        "original_max_position_embeddings": _plain(yarn.trained_length(config.seq_len)),
         "beta_fast": yarn.beta_fast,
         "beta_slow": yarn.beta_slow,
     }
@@ -27,7 +27,7 @@ def rope_to_json(config: TransformerConfig) -> dict[str, Any]:
         if not (yarn.mscale and yarn.mscale_all_dim):  # which transformers would take for absent
             scaling["attention_factor"] = yarn.amplitude
     elif yarn.mscale != 1:  # Llama rotates all of a head, so all sharpening goes through the cosines and sines
-        scaling["attention_factor"] = _sharpening(yarn.factor, yarn.mscale)
+        scaling["attention_factor"] = sharpening(yarn.factor, yarn.mscale)
     return {"rope_parameters": {**scaling, "rope_theta": base}, "rope_theta": base, "rope_scaling": scaling}
 
 
@@ -59,12 +59,12 @@ def _yarn_from_json(rope: dict[str, Any], seq_len: int, mla: bool) -> YarnConfig
     if amplitude is None and mscale and mscale_all_dim and mla:
         return _yarn(rope, factor, original, mscale, mscale_all_dim)
     if amplitude is None:
-        amplitude = _sharpening(factor)
+        amplitude = sharpening(factor)
         if mscale and mscale_all_dim:
-            amplitude = _sharpening(factor, mscale) / _sharpening(factor, mscale_all_dim)
+            amplitude = sharpening(factor, mscale) / sharpening(factor, mscale_all_dim)
     # Ours divides by the sharpening of mscale_all_dim, which multiplies DeepSeek's scores and is nothing to Llama's.
     mscale_all_dim = (mscale_all_dim or 0.0) if mla else 1.0
-    whole = amplitude * _sharpening(factor, mscale_all_dim) if mla else amplitude
+    whole = amplitude * sharpening(factor, mscale_all_dim) if mla else amplitude
     mscale = round((whole - 1) / (0.1 * math.log(factor)), 9) if factor > 1 else 1.0
     return _yarn(rope, factor, original, mscale, mscale_all_dim)
 
@@ -82,9 +82,4 @@ def _yarn(rope: dict[str, Any], factor: float, original: int, mscale: float, msc
 
 def _plain(value: float) -> float | int:
     """A whole number without the point that would make it a float for others."""
-    return int(value) if value.is_integer() else value
-
-
-def _sharpening(factor: float, mscale: float = 1.0) -> float:
-    """get_mscale of transformers."""
-    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+    return int(value) if float(value).is_integer() else value

@@ -96,11 +96,11 @@ def test_check(train, tmp_path):
     other = make_run(tmp_path / "other", MLA)
     windows = torch.randint(257, (2, other.config.seq_len + 1))
     export_run(tmp_path / "other", tmp_path / "theirs")
-    assert compare_with_transformers(tmp_path / "other", tmp_path / "theirs", windows)[0]
+    assert compare_with_transformers(other, tmp_path / "theirs", windows)[0]
     weights = load_file(tmp_path / "theirs" / "model.safetensors")
     weights["model.layers.1.self_attn.kv_b_proj.weight"] *= 1.1
     save_file(weights, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
-    assert not compare_with_transformers(tmp_path / "other", tmp_path / "theirs", windows)[0]
+    assert not compare_with_transformers(other, tmp_path / "theirs", windows)[0]
     refused(call(tmp_path, "run", "short", "--check", "--dtype", "bfloat16"), "--check", "fp32")
 
 
