@@ -94,7 +94,8 @@ class LanguageModel(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         fused = self.config.trainer.precision != "16-mixed"  # there gradients must be unscaled, then clipped
-        return build_optimizer(self.net, self.config.optimizer, fused)
+        dtype = torch.bfloat16 if self.config.trainer.precision == "bf16-mixed" else torch.float32
+        return build_optimizer(self.net, self.config.optimizer, fused, dtype)
 
     def on_validation_epoch_start(self) -> None:
         self.totals = torch.zeros(3, dtype=torch.float64)

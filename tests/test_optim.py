@@ -1,10 +1,14 @@
 """Which parameters decay, and what the optimiser does with them."""
 
+import copy
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mla_lm import AttentionConfig, Transformer, TransformerConfig, UserError
-from mla_lm.optim import OptimizerConfig, build_optimizer
+from mla_lm import AttentionConfig, Transformer, TransformerConfig, UserError, optim
+from mla_lm.optim import MuonAdamW, OptimizerConfig, build_optimizer, orthogonalize
 
 ATTENTION = AttentionConfig(kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4)
 
@@ -64,6 +68,110 @@ def test_frozen_parameters_are_left_out():
     assert not any(p is model.embedding.weight for group in groups for p in group["params"])
 
 
+MUON = OptimizerConfig(kind="muon", lr=0.01, weight_decay=0.3)
+
+
+def train_steps(model, optimizer, steps):
+    torch.manual_seed(1)
+    for _ in range(steps):
+        tokens = torch.randint(61, (2, 16))
+        model(tokens, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(tied):
+    model = model_of(use_bias=True, tie_embeddings=tied)
+    muon, tables, vectors = build_optimizer(model, MUON).param_groups
+    blocks = [p for p in model.blocks.parameters() if p.ndim == 2]
+    assert {id(p) for p in muon["params"]} == {id(p) for p in blocks}
+    assert {id(p) for p in tables["params"]} == {id(model.embedding.weight), id(model.head.weight)}
+    assert (muon["weight_decay"], tables["weight_decay"], vectors["weight_decay"]) == (0.3, 0.3, 0.0)
+    held = [id(p) for group in (muon, tables, vectors) for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_the_rest_moves_as_under_adamw():
+    model, other = model_of(), model_of()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    build_optimizer(model, MUON).step()
+    build_optimizer(other, OptimizerConfig(lr=0.01, weight_decay=0.3)).step()
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-7) == (p.ndim < 2 or name == "embedding.weight"), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(2, 24), st.integers(0, 24)),
+    bf16=st.booleans(),
+    scale=st.sampled_from([1e-6, 1.0, 1e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_orthogonalize_evens_singular_values_and_keeps_their_vectors(sizes, bf16, scale, seed):
+    torch.manual_seed(seed)
+    count, rows, more = sizes
+    left = torch.linalg.qr(torch.randn(count, rows, rows)).Q
+    right = torch.linalg.qr(torch.randn(count, rows + more, rows)).Q
+    values = torch.empty(count, rows).uniform_(0.05, 1)  # of a spread that random matrices have
+    matrices = scale * left @ torch.diag_embed(values) @ right.mT
+    out = orthogonalize(matrices.to(torch.bfloat16 if bf16 else torch.float32)).float()
+    middle = left.mT @ out @ right  # diagonal, if the vectors are kept
+    tolerance = 0.1 if bf16 else 1e-3
+    torch.testing.assert_close(left @ middle @ right.mT, out, rtol=0, atol=tolerance)
+    diagonal = middle.diagonal(dim1=-2, dim2=-1)
+    assert (middle - torch.diag_embed(diagonal)).abs().max() < tolerance
+    assert diagonal.min() > 0.15
+    assert diagonal.max() < 2
+
+
+def test_matrices_of_one_shape_and_its_transpose_move_as_each_would_alone():
+    """Batching is for speed only."""
+    model = model_of()
+    single = [p.detach().clone().requires_grad_() for p in model.blocks.parameters() if p.ndim == 2]
+    together = [p.detach().clone().requires_grad_() for p in single]
+    for p, q in zip(single, together, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    MuonAdamW([{"params": together, "weight_decay": 0.3, "muon": True}], MUON, True, torch.float32).step()
+    for p in single:
+        MuonAdamW([{"params": [p], "weight_decay": 0.3, "muon": True}], MUON, True, torch.float32).step()
+    for p, q in zip(single, together, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (30, 30)])
+def test_given_its_steps_it_is_the_muon_of_torch(monkeypatch, shape):
+    """Momentum, decay and the size of the update; and the steps, as far as bf16 shows."""
+    monkeypatch.setattr(optim, "POLAR_STEPS", ((3.4445, -4.775, 2.0315),) * 5)
+    monkeypatch.setattr(optim, "SAFETY", 1.0)
+    p = torch.nn.Parameter(torch.randn(shape))
+    q = torch.nn.Parameter(p.detach().clone())
+    ours = MuonAdamW([{"params": [p], "weight_decay": 0.3, "muon": True}], MUON, True, torch.bfloat16)
+    theirs = torch.optim.Muon([q], lr=0.01, weight_decay=0.3, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(p, q, rtol=0, atol=3e-4)  # a step is about 0.01 * 0.2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_state_saved_and_loaded_goes_on_the_same(fused):
+    model, other = model_of(), model_of()
+    optimizer = build_optimizer(model, MUON, fused)
+    train_steps(model, optimizer, 3)
+    other.load_state_dict(model.state_dict())
+    resumed = build_optimizer(other, MUON, fused)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for m, o in ((model, optimizer), (other, resumed)):
+        train_steps(m, o, 3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -72,6 +180,8 @@ def test_frozen_parameters_are_left_out():
         ({"gradient_clip": -1.0}, "must be at least 0"),
         ({"betas": [0.9, 1.0]}, "must be two numbers in"),
         ({"betas": [0.9]}, "must be two numbers in"),
+        ({"kind": "sgd"}, "kind=sgd is unknown: adamw or muon"),
+        ({"momentum": 1.0}, "momentum=1.0 must be in"),
     ],
 )
 def test_refused(changes, message):
