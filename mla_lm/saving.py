@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from mla_lm.callbacks import Metrics, log
 from mla_lm.checkpoint import load_checkpoint, write_atomically
@@ -20,17 +23,98 @@ from mla_lm.lightning_module import LanguageModel
 from mla_lm.run import RunFolder
 
 
-class AtomicCheckpointIO(CheckpointIO):
-    """How Lightning saves and loads: whole or not at all, and as plain data."""
+class BackgroundCheckpointIO(CheckpointIO):
+    """How Lightning saves and loads: whole or not at all, as plain data, and by a thread while training goes on.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+    A save copies the state into CPU memory that the next save uses again, so a run takes one more copy of its state.
+    GPU tensors are copied at once, CPU tensors by the thread: call `wait_until_copied` before they change. One save is
+    under way at a time, and what it raises is raised by the next call of `save_checkpoint`, `wait` or `teardown`.
+    """
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.copied: Future | None = None
+        self.written: Future | None = None
+        self.memory: dict[tuple, Tensor] = {}  # of the last copy; to ask for it anew takes longer than to copy
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = ()) -> None:
+        """Begin to write a checkpoint.
+
+        Args:
+            checkpoint: plain data, with tensors in dicts, lists and tuples
+            path: the file
+            storage_options: files that get the same after it, in this order
+
+        Raises:
+            UserError: the save before this one could not be written.
+        """
+        self.wait()
+        state, left = self._copy(checkpoint)
+        self.copied = self.thread.submit(_copy_tensors, left)
+        self.written = self.thread.submit(_write, self.copied, state, [path, *(storage_options or ())])
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        self.wait()
         return load_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str) -> None:
+        self.wait()
         Path(path).unlink(missing_ok=True)
+
+    def wait_until_copied(self) -> None:
+        """From here on the state that was saved last may change."""
+        if self.copied:
+            self.copied.result()
+            self.copied = None
+
+    def wait(self) -> None:
+        """From here on what was saved is on disk.
+
+        Raises:
+            UserError: it cannot be written; the old files are still there.
+        """
+        written, self.written = self.written, None
+        if written:
+            written.result()
+
+    def teardown(self) -> None:
+        """Lightning's last call, at the end of training and where an exception ends it."""
+        self.memory = {}
+        self.wait()
+
+    def _copy(self, state: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]:
+        """A copy of `state`, and what is left to do for it: (target, source) tensors. Those that are one stay one."""
+        memory: dict[tuple, Tensor] = {}
+        left: list[tuple[Tensor, Tensor]] = []
+
+        def copy(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+            if key not in memory:
+                if key in self.memory:
+                    memory[key] = self.memory[key]
+                else:
+                    memory[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                if tensor.device.type == "cpu":
+                    left.append((memory[key], tensor))
+                else:
+                    memory[key].copy_(tensor)
+            return memory[key]
+
+        copied = apply_to_collection(state, Tensor, copy)
+        self.memory = memory
+        return copied, left
+
+
+def _copy_tensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for target, source in pairs:
+        target.copy_(source)
+
+
+def _write(copied: Future, state: dict[str, Any], paths: list[str | Path]) -> None:
+    copied.result()
+    for path in paths:
+        write_atomically(Path(path), lambda file: torch.save(state, file))
 
 
 class Checkpoints(Callback):
@@ -42,6 +126,7 @@ class Checkpoints(Callback):
 
     def __init__(self, run: RunFolder, config: TrainConfig, metrics: Metrics):
         self.run, self.config, self.metrics = run, config, metrics
+        self.io = BackgroundCheckpointIO()
         self.best: dict[str, float] = {}  # metrics of the best validation, and its step
 
     def state_dict(self) -> dict[str, Any]:
@@ -49,6 +134,9 @@ class Checkpoints(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.io.wait_until_copied()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step
@@ -60,17 +148,25 @@ class Checkpoints(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
         step, metrics = trainer.global_step, module.evaluated
         log(trainer, metrics)
+        paths = []
         if metrics["val/loss"] < self.best.get("val/loss", math.inf):
             self.best = {**metrics, "step": step}
-            trainer.save_checkpoint(self.run.best)
+            paths.append(self.run.best)
         if step % self.config.checkpoint.every_n_steps == 0 or step == self.config.trainer.max_steps:
-            self.save(trainer, module)
+            paths.append(self.run.last)
+        if paths:
+            self.save(trainer, module, paths)
 
-    def save(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        """Write last.ckpt, unless the weights are lost."""
+    def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self.io.wait()
+        trainer.strategy.barrier()  # the other devices read best.ckpt next
+
+    def save(self, trainer: L.Trainer, module: LanguageModel, paths: list[Path] | None = None) -> None:
+        """Begin to write last.ckpt, or `paths` in their order, unless the weights are lost."""
         module.stop_if_diverged()
         self.metrics.pause()
-        trainer.save_checkpoint(self.run.last)
+        path, *others = paths or [self.run.last]
+        trainer.save_checkpoint(path, storage_options=others)
 
 
 class StopOnSignal(Callback):
@@ -115,6 +211,7 @@ class StopOnSignal(Callback):
     def _stop_if_received(self, trainer: L.Trainer, module: LanguageModel) -> None:
         if received := self._received_anywhere(trainer, module):
             self.checkpoints.save(trainer, module)
+            self.checkpoints.io.wait()
             raise Interrupted(received)
 
     def on_test_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:

@@ -1,0 +1,154 @@
+"""A checkpoint is written while training goes on: it holds the state as it was, whole, and no error is lost."""
+
+import copy
+import resource
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+
+from mla_lm.callbacks import Metrics
+from mla_lm.checkpoint import load_checkpoint
+from mla_lm.config import TrainConfig
+from mla_lm.errors import UserError
+from mla_lm.run import RunFolder
+from mla_lm.saving import BackgroundCheckpointIO, Checkpoints
+from tests.conftest import refused
+
+
+def assert_equal(a, b) -> None:
+    assert a.keys() == b.keys()
+    torch.testing.assert_close(dict(a), dict(b), rtol=0, atol=0)
+
+
+def test_the_file_holds_what_was_saved_though_training_goes_on(tmp_path):
+    """Weights, moments, step counters and lists change while the file, a large one, is being written."""
+    large = torch.ones(50_000_000)
+    net = nn.Linear(500, 500)
+    optimizer = torch.optim.AdamW(net.parameters())
+    rates = [1.0]
+    io = BackgroundCheckpointIO()
+
+    def step() -> None:
+        net(torch.ones(1, 500)).sum().backward()
+        io.wait_until_copied()
+        optimizer.step()
+        large[::1_000_000] += 1
+        rates.append(2.0)
+
+    step()
+    for name in ("first.ckpt", "second.ckpt"):  # the second into the memory of the first
+        state = {"large": large, "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(), "rates": rates}
+        expected = copy.deepcopy(state)
+        io.save_checkpoint(state, tmp_path / name)
+        step()
+        assert not io.written.done()
+        assert not (tmp_path / name).exists()
+        step()
+        io.wait()
+        assert_equal(load_checkpoint(tmp_path / name), expected)
+
+
+def test_keeps_every_kind_of_tensor_and_what_is_shared(tmp_path):
+    table = torch.randn(300, 100)
+    state = {
+        "state_dict": {"embedding": table, "head": table, "part": table[:10], "columns": table[:, ::2]},
+        "bf16": [torch.randn(3).bfloat16(), (torch.tensor(4), torch.empty(0))],
+        "parameter": nn.Parameter(torch.ones(2)),
+        "words": {"epoch": 1, "name": "x", "none": None},
+    }
+    io = BackgroundCheckpointIO()
+    io.save_checkpoint(state, tmp_path / "a.ckpt")
+    io.wait()
+    there = load_checkpoint(tmp_path / "a.ckpt")
+    assert there["words"] == state["words"]
+    assert_equal(there["state_dict"], state["state_dict"])
+    assert there["state_dict"]["embedding"].data_ptr() == there["state_dict"]["head"].data_ptr()
+    torch.testing.assert_close(there["bf16"], state["bf16"], rtol=0, atol=0)
+    assert torch.equal(there["parameter"], torch.ones(2))
+
+
+def test_a_save_waits_for_the_one_before(tmp_path):
+    io = BackgroundCheckpointIO()
+    first, second = ({"state_dict": {"w": torch.full((5_000_000,), float(number))}} for number in (1, 2))
+    io.save_checkpoint(first, tmp_path / "best.ckpt", [tmp_path / "last.ckpt"])
+    io.save_checkpoint(second, tmp_path / "last.ckpt")
+    assert_equal(load_checkpoint(tmp_path / "best.ckpt")["state_dict"], first["state_dict"])
+    io.teardown()
+    assert_equal(load_checkpoint(tmp_path / "last.ckpt")["state_dict"], second["state_dict"])
+    assert not io.memory
+
+
+@pytest.mark.parametrize("call", ["wait", "teardown", "save_checkpoint", "load_checkpoint"])
+def test_an_error_is_raised_by_the_next_call_once(tmp_path, call):
+    """Files are written in their order: where the first cannot be, the second is as it was."""
+    (tmp_path / "file").touch()
+    blocked, later = tmp_path / "file" / "best.ckpt", tmp_path / "last.ckpt"
+    state = {"state_dict": {"w": torch.ones(3)}}
+    io = BackgroundCheckpointIO()
+    io.save_checkpoint(state, blocked, [later])
+    arguments = {"save_checkpoint": (state, later), "load_checkpoint": (later,)}.get(call, ())
+    with pytest.raises(UserError, match=r"best\.ckpt cannot be written"):
+        getattr(io, call)(*arguments)
+    assert not later.exists()
+    io.save_checkpoint(state, later)
+    io.wait()
+    assert later.exists()
+
+
+class Counter(L.LightningModule):
+    """A weight that every step raises by one; a large one, which never changes, is copied before it."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.zeros(n), n == 1) for n in (50_000_000, 1)])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.weights[1:], lr=1.0)
+
+    def training_step(self, batch, batch_idx):
+        self.weights[1].grad = torch.tensor([-1.0])
+        self.optimizers().step()
+
+    def stop_if_diverged(self):
+        pass
+
+
+def test_the_optimizer_waits_for_the_copy(tmp_path):
+    config = TrainConfig()
+    config.trainer.max_steps, config.checkpoint.every_n_steps, config.val_every_n_steps = 3, 2, 1000
+    run = RunFolder(tmp_path)
+    checkpoints = Checkpoints(run, config, Metrics(config, 1.0, 1.0))
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=3, callbacks=[checkpoints], plugins=[checkpoints.io], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Counter()
+    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(3, 1)))
+    assert module.weights[1] == 3
+    assert load_checkpoint(run.last)["state_dict"]["weights.1"] == 2
+
+
+def test_a_run_says_that_it_could_not_save(train, tmp_path):
+    """No file may grow beyond a limit that the checkpoint does not keep to, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, before[1]))
+    try:
+        result = train("hydra.run.dir=run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused(result, "last.ckpt cannot be written")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_from_a_gpu(tmp_path):
+    weight = torch.ones(10_000_000, device="cuda")
+    io = BackgroundCheckpointIO()
+    io.save_checkpoint({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt")
+    weight.add_(1)
+    io.wait()
+    assert torch.equal(load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["weight"], torch.ones(10_000_000))
