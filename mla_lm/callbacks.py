@@ -161,11 +161,13 @@ class CacheMemory(Callback):
     """The KV cache's bytes, read off a real cache filled to `seq_len` in the run's inference precision.
 
     Args:
+        dtype: of the cache, where it is not that of the precision
         mha_bytes_per_token: the cache of an MHA of equal num_layers, num_heads and d_model
     """
 
-    def __init__(self, precision: str, mha_bytes_per_token: int):
+    def __init__(self, precision: str, mha_bytes_per_token: int, dtype: torch.dtype | None = None):
         self.precision, self.mha_bytes_per_token = precision, mha_bytes_per_token
+        self.dtype = dtype or DTYPES[precision]
         self.bytes_at_seq_len: int | None = None  # measured with the first validation, as the next two
         self.bytes_per_token: float | None = None
         self.vs_mha: float | None = None
@@ -183,7 +185,7 @@ class CacheMemory(Callback):
     def _measure(self, module: LanguageModel) -> None:
         tokens = torch.zeros(1, module.net.config.seq_len, dtype=torch.long, device=module.device)
         with torch.no_grad(), inference_autocast(module.device.type, self.precision):
-            cache = module.net.new_cache(1, dtype=DTYPES[self.precision])
+            cache = module.net.new_cache(1, dtype=self.dtype)
             module.net.forward(tokens, cache=cache)
         self.bytes_at_seq_len = cache.nbytes
         self.bytes_per_token = cache.nbytes / cache.length

@@ -17,13 +17,14 @@ PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 PROFILERS = (None, "simple", "advanced")
 LOGGERS = ("wandb", "tensorboard", "none")
+KV_CACHE_DTYPES = (None, "int8")
 
 
 @dataclass
 class TrainerConfig:
     """How long and on what; the names are those of lightning.Trainer."""
 
-    max_steps: int = 1800  # optimizer steps
+    max_steps: int = 2400  # optimizer steps
     accelerator: str = "auto"  # auto | cpu | gpu | mps
     devices: int = 1
     num_nodes: int = 1
@@ -67,6 +68,7 @@ class TrainConfig:
     micro_batch_tokens: int = 8192  # at most this many go through a device at once; accumulation follows
     val_every_n_steps: int = 300
     log_every_n_steps: int = 20
+    kv_cache_dtype: str | None = None  # int8: the cache whose bytes are measured and logged; None: of the precision
     loss_by_position: bool = False  # before and after training, as a table and a plot in the run folder
     tags: list[str] = field(default_factory=list)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -138,6 +140,7 @@ class TrainConfig:
             ("trainer.accelerator", self.trainer.accelerator, ACCELERATORS),
             ("trainer.profiler", self.trainer.profiler, PROFILERS),
             ("logger.kind", self.logger.kind, LOGGERS),
+            ("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES),
         ):
             if value not in choices:
                 raise UserError(f"{name}={value} is unknown: one of {', '.join(map(str, choices))}")

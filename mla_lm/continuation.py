@@ -78,6 +78,7 @@ class Decoding:
         max_tokens: new tokens of each at most; fewer where the model's seq_len ends first
         stops: see `Continuation`
         generator: on the model's device
+        cache_dtype: that of the run's precision unless given
         sampling: options of `generate`
 
     Raises:
@@ -91,6 +92,7 @@ class Decoding:
         max_tokens: int,
         stops: list[str],
         generator: torch.Generator,
+        cache_dtype: torch.dtype | None = None,
         **sampling: Any,
     ):
         model, tokenizer, config = run
@@ -107,7 +109,7 @@ class Decoding:
             room = min(max_tokens, seq_len - len(ids) - 1)
             self.texts.append(Continuation(tokenizer, ids, end, room, stops))
         begun = [torch.tensor([end, *text.ids], device=self.device) for text in self.texts]  # after a document's end
-        dtype = DTYPES[self.precision]
+        dtype = cache_dtype or DTYPES[self.precision]
         self.steps = generate(model, begun, max_tokens, **sampling, generator=generator, dtype=dtype)
         self.cache_bytes_per_token = model.new_cache(1, 1, dtype).nbytes  # all layers
 

@@ -14,20 +14,24 @@ from mla_lm.loss import IGNORE, linear_cross_entropy
 from mla_lm.transformer import Transformer
 
 
-def sums_by_position(net: Transformer, batch: Tensor, token_bytes: Tensor, first: int = 0) -> Tensor:
+def sums_by_position(
+    net: Transformer, batch: Tensor, token_bytes: Tensor, first: int = 0, cache_dtype: torch.dtype | None = None
+) -> Tensor:
     """What a batch adds to an evaluation, by the target's position in the window.
 
     Args:
         batch: (B, T + 1) ids: inputs are all but the last, targets all but the first; -100 does not count
         token_bytes: (vocab_size,) UTF-8 bytes that each token stands for, 0 for special tokens
         first: position from which on targets are predicted; those before serve as context only
+        cache_dtype: where given, attention reads each window back from a cache of this dtype, as decoding does
 
     Returns:
         (3, T - first), fp64 on the CPU: nats, predicted tokens, UTF-8 bytes of their text
     """
     targets = batch[:, 1 + first :]
+    cache = None if cache_dtype is None else net.new_cache(len(batch), batch.size(1) - 1, cache_dtype)
     # never compiled, which for other shapes and without gradients would cost more than it gains
-    x = net.hidden_states(batch[:, :-1].clamp(min=0))[:, first:]
+    x = net.hidden_states(batch[:, :-1].clamp(min=0), cache)[:, first:]
     losses = linear_cross_entropy(x, net.head.weight, targets, reduction="none")
     text_bytes = torch.where(targets == IGNORE, 0, token_bytes[targets.clamp(min=0)])
     sums = (losses.sum(0), (targets != IGNORE).sum(0), text_bytes.sum(0))  # over windows: fp32 holds these well
@@ -75,22 +79,35 @@ class SlidingWindows(Dataset):
         return torch.nn.functional.pad(window, (0, self.seq_len + 1 - len(window)), value=IGNORE)
 
 
-def sums_over(net: Transformer, windows: Dataset, token_bytes: Tensor, batch_size: int, first: int = 0) -> Tensor:
+def sums_over(
+    net: Transformer,
+    windows: Dataset,
+    token_bytes: Tensor,
+    batch_size: int,
+    first: int = 0,
+    cache_dtype: torch.dtype | None = None,
+) -> Tensor:
     """`sums_by_position` over all windows, (3, T - first)."""
     sums = 0.0
     with torch.no_grad():
         for batch in tqdm(DataLoader(windows, batch_size), desc="evaluating", disable=None):  # None: on no terminal
-            sums += sums_by_position(net, batch.to(token_bytes.device), token_bytes, first)
+            sums += sums_by_position(net, batch.to(token_bytes.device), token_bytes, first, cache_dtype)
     return sums
 
 
-def evaluate(net: Transformer, windows: SlidingWindows, token_bytes: Tensor, batch_size: int) -> Tensor:
+def evaluate(
+    net: Transformer,
+    windows: SlidingWindows,
+    token_bytes: Tensor,
+    batch_size: int,
+    cache_dtype: torch.dtype | None = None,
+) -> Tensor:
     """`sums_over` all windows, (3, seq_len), each target counted once."""
     context = windows.seq_len - windows.stride  # that every window but the first has before what it predicts
-    sums = sums_over(net, Subset(windows, [0]), token_bytes, batch_size)
+    sums = sums_over(net, Subset(windows, [0]), token_bytes, batch_size, 0, cache_dtype)
     if len(windows) > 1:
         others = Subset(windows, range(1, len(windows)))
-        sums[:, context:] += sums_over(net, others, token_bytes, batch_size, context)
+        sums[:, context:] += sums_over(net, others, token_bytes, batch_size, context, cache_dtype)
     return sums
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_lm.attention import MLAConfig
+from mla_lm.attention.fused import stores_scores
 from mla_lm.errors import UserError
 from mla_lm.loss import CHUNK_LOGITS, LEAST_ROWS
 from mla_lm.transformer import AttentionConfig, Transformer, TransformerConfig
@@ -78,7 +79,7 @@ class TrainingMemory:
 
     weights: int  # in fp32, with the tables of RoPE
     gradients: int  # in fp32
-    optimizer_state: int  # AdamW's two moments
+    optimizer_state: int  # AdamW's two moments; of the matrices that Muon updates, one
     weight_copies: int  # of the blocks' matrices, which autocast keeps for a whole step; 0 in fp32
     loss: int  # one chunk of logits with what the loss makes of them, and its copies of the head
     activations: int  # kept from the forward to the backward pass
@@ -101,15 +102,16 @@ class TrainingMemory:
 
 
 def training_memory(
-    config: TransformerConfig, batch_size: int, dtype: torch.dtype, device: str = "cuda"
+    config: TransformerConfig, batch_size: int, dtype: torch.dtype, device: str = "cuda", optimizer: str = "adamw"
 ) -> TrainingMemory:
-    """What training takes on one device, with AdamW.
+    """What training takes on one device.
 
     Args:
         config: activation_checkpointing is not read: both are answered
         batch_size: sequences of seq_len tokens that go through the device at once
         dtype: of autocast; fp32 is without
-        device: type of it, which decides how many logits the loss makes at once
+        device: type of it, which decides how many logits the loss makes at once, and whether attention stores scores
+        optimizer: adamw or muon
 
     Raises:
         UserError (a ValueError): a configuration that cannot be.
@@ -120,11 +122,14 @@ def training_memory(
     matrices = sum(m.weight.numel() for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear))
     copies = 0 if dtype == torch.float32 else matrices * dtype.itemsize
     kept, block = _kept_bytes(config, batch_size, dtype, copies // config.num_layers, checkpointing=False)
+    if device != "cpu" and stores_scores("cpu", dtype, config.seq_len):  # the model below runs as on a CPU
+        scores = batch_size * config.num_heads * config.seq_len**2 * dtype.itemsize
+        kept, block = kept - config.num_layers * scores, block - scores
     checkpointed, _ = _kept_bytes(config, batch_size, dtype, 0, checkpointing=True)  # which keeps no copies itself
     return TrainingMemory(
         weights=weights + sum(b.nbytes for b in model.buffers()),
         gradients=weights,
-        optimizer_state=2 * weights,
+        optimizer_state=2 * weights - (4 * matrices if optimizer == "muon" else 0),
         weight_copies=copies,
         loss=_loss_bytes(config, batch_size * config.seq_len, dtype, device),
         activations=kept,

@@ -12,6 +12,7 @@ from mla_lm.errors import UserError
 from mla_lm.transformer import Transformer
 
 NOTHING = -1  # in place of an id, where a row has none
+PREFILL = 1024  # tokens of a prompt that are read at once: what they take in memory does not grow with the prompt
 LOWEST_TEMPERATURE = 1e-6  # below, fp32 cannot tell sampling from taking the likeliest
 
 
@@ -41,7 +42,7 @@ def generate(
         temperature: 0 takes the likeliest token
         top_k, top_p, min_p, repetition_penalty: see `token_weights` and `penalize`; all off by default
         generator: on the model's device, for all rows; the global one unless given
-        dtype: of the cache, the weights' unless given
+        dtype: of the cache, the weights' unless given; see `LayerCache`
 
     Yields:
         (B,) ids; NOTHING (-1) for a row whose prompt still goes on, or that has had its max_tokens
@@ -62,8 +63,10 @@ def generate(
     cache = model.new_cache(len(prompts), end, dtype)
     tokens = given[:, :shortest]
     for position in range(shortest, end):
-        last = model.hidden_states(tokens, cache)[:, -1]  # of a whole prompt, only the last position needs logits
-        logits = penalize(model.head(last).float(), seen, repetition_penalty)
+        for chunk in tokens.split(PREFILL, dim=1):
+            hidden = model.hidden_states(chunk, cache)
+        logits = model.head(hidden[:, -1]).float()  # of a whole prompt, only the last position needs them
+        logits = penalize(logits, seen, repetition_penalty)
         picked = pick(logits, temperature, top_k, top_p, min_p, generator)
         next_ids = torch.where(given[:, position] == NOTHING, picked, given[:, position])
         tokens = next_ids.unsqueeze(1)

@@ -14,6 +14,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
+from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
 from mla_lm.checkpoint import load_checkpoint, write_atomically
 from mla_lm.config import TrainConfig, config_hash
@@ -36,7 +37,7 @@ from mla_lm.positions import LossByPosition
 from mla_lm.progress import progress
 from mla_lm.report import data_lines, end_report, git_commit, size_table
 from mla_lm.run import RunFolder, check_fits, find_best, find_run, load_weights
-from mla_lm.saving import AtomicCheckpointIO, Checkpoints, StopOnSignal
+from mla_lm.saving import Checkpoints, StopOnSignal
 from mla_lm.transformer import Transformer
 
 say = rank_zero_only(print)
@@ -182,7 +183,7 @@ class _Training:
         mha_bytes = 2 * config.model.d_model * config.model.num_layers * DTYPES[precision].itemsize
         self.metrics = Metrics(config, self.size.flops_per_token, peak_flops)
         self.checkpoints = Checkpoints(run, config, self.metrics)
-        self.cache_memory = CacheMemory(precision, mha_bytes)
+        self.cache_memory = CacheMemory(precision, mha_bytes, CACHE_DTYPES.get(config.kv_cache_dtype))
         self.stop_on_signal = StopOnSignal(self.checkpoints, config)
         self.callbacks = [
             self.metrics,
@@ -238,7 +239,7 @@ class _Training:
             num_sanity_val_steps=0,
             logger=loggers,
             callbacks=self.callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[self.checkpoints.io],
             profiler=PROFILERS[config.profiler](self.run.path, "profile") if config.profiler else None,
             log_every_n_steps=1,  # the callbacks keep to the interval
             enable_progress_bar=sys.stderr.isatty(),

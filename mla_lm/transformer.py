@@ -201,6 +201,9 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def new_cache(self, batch_size: int, max_len: int | None = None, dtype: torch.dtype | None = None) -> ModelCache:
-        """An empty cache for `max_len` tokens (default: seq_len), on the weights' device and in their dtype."""
-        max_len = max_len or self.config.seq_len
+        """An empty cache for `max_len` tokens, or one that grows up to seq_len, on the weights' device.
+
+        Args:
+            dtype: the weights' unless given; int8 keeps a scale beside the values, see `LayerCache`
+        """
         return ModelCache([block.attention.new_cache(batch_size, max_len, dtype) for block in self.blocks])

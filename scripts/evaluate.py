@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from mla_lm import cli
+from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.checkpoint import load_checkpoint, write_atomically
 from mla_lm.config import TrainConfig
 from mla_lm.data.shards import Tokens
@@ -46,6 +47,11 @@ def parse() -> argparse.Namespace:
         help="also the loss by position in the window: at position p a token has p + 1 others before it. With --stride "
         "N, positions below seq_len - N are of the first window alone, as their count of tokens tells",
     )
+    parser.add_argument(
+        "--cache",
+        choices=CACHE_DTYPES,
+        help="attention reads from a KV cache that keeps this, as in generation; its bytes are among the figures",
+    )
     parser.add_argument("--json", metavar="OUT", help="also write the figures there")
     tasks = parser.add_argument_group("tasks", "need lm-eval: pip install -r requirements-eval.txt")
     tasks.add_argument("--tasks", metavar="NAME[,NAME]", help="of lm-eval; `lm-eval ls tasks` lists them")
@@ -66,19 +72,26 @@ def main() -> None:
     stride = seq_len if args.stride is None else args.stride
     if not 1 <= stride <= seq_len:
         raise UserError(f"--stride {stride} must be at least 1 and at most the run's model.seq_len={seq_len}")
+    if args.cache and model.config.document_token is not None:
+        raise UserError("--cache holds one document, but this run's data.document_mask=true sets several in a window")
+    cache_dtype = CACHE_DTYPES.get(args.cache)
     if args.files:
         tokens = tokens_of_files(args.files, args.column or config.data.column, tokenizer, config)
     else:
         tokens = tokens_of_split(args.run, args.split or "test", tokenizer, config)
     lengths = torch.from_numpy(token_bytes(tokenizer)).to(device)
     with inference_autocast(device, config.trainer.precision):
-        sums = evaluate(model, SlidingWindows(tokens, seq_len, stride), lengths, config.micro_batch_size)
+        windows = SlidingWindows(tokens, seq_len, stride)
+        sums = evaluate(model, windows, lengths, config.micro_batch_size, cache_dtype)
     text, totals = args.files or args.split or "test", sums.sum(-1)
     if not totals[2]:
         raise UserError(f"{text} has no text to predict: give more")
     figures = {"run": args.run, "text": text, "stride": stride, "tokens": int(totals[1]), **metrics_of(totals)}
+    if args.cache:
+        figures |= {"kv_cache": args.cache, "kv_cache_bytes_per_token": model.new_cache(1, 1, cache_dtype).nbytes}
+    width = max(map(len, figures)) + 1
     for name, value in figures.items():
-        print(f"{name:14}{value:.4f}" if isinstance(value, float) else f"{name:14}{value}")
+        print(f"{name:{width}}{value:.4f}" if isinstance(value, float) else f"{name:{width}}{value}")
     if args.by_position:
         print(f"\n{position_table({'loss': sums})}")
         figures |= {"loss_by_position": losses(sums), "tokens_by_position": sums[1].int().tolist()}
@@ -93,7 +106,7 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 def check_tasks(args: argparse.Namespace) -> None:
     """Raises UserError for options that do not go with --tasks, or not without."""
-    own, others = ("include_path", "limit"), ("split", "files", "column", "stride", "by_position")
+    own, others = ("include_path", "limit"), ("split", "files", "column", "stride", "by_position", "cache")
     for name in own if args.tasks is None else others:
         if getattr(args, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mla_lm import cli
+from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.columns import Column, Screen, printable
 from mla_lm.continuation import Continuation, Decoding, in_turns
 from mla_lm.errors import UserError
@@ -59,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
+    parser.add_argument("--cache", choices=CACHE_DTYPES, help="what the KV cache keeps (default: the run's precision)")
     return parser.parse_args()
 
 
@@ -106,6 +108,7 @@ class SampledRun:
         name = folder.path.name if Path(path).is_dir() else f"{folder.path.name}/{checkpoint.name}"
         self.name = f"{name} ({self.run[0].config.attention_kind})"
         self.options = {"max_tokens": args.max_tokens, "stops": args.stop, **sampling_of(args)}
+        self.options["cache_dtype"] = CACHE_DTYPES.get(args.cache)
         self.generator = torch.Generator(device).manual_seed(args.seed)
 
     def begin(self, prompts: list[str]) -> Decoding:

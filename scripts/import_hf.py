@@ -26,7 +26,7 @@ def main() -> None:
     size, path = model_size(config.model), shlex.quote(str(run))
     print(f"imported    {size.attention}, {size.parameters:,} parameters, a context of {config.model.seq_len:,} tokens")
     print(f'sample      python -m scripts.generate {path} --prompt "..."')
-    print(f"fine-tune   python train.py init_from={path} data=text data.files=... optimizer.lr=3e-4")
+    print(f"fine-tune   python train.py init_from={path} data=text data.files=... optimizer=adamw optimizer.lr=3e-4")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def main() -> None:
         raise UserError(f"--context {context} is longer than model.seq_len={config.model.seq_len}: raise that")
     device, precision = hardware(config)
     dtype = DTYPES[precision]
-    memory = training_memory(config.model, config.micro_batch_size, dtype, device)
+    memory = training_memory(config.model, config.micro_batch_size, dtype, device, config.optimizer.kind)
     print(*model_lines(config), "", sep="\n")
     print(*training_lines(config, memory, precision, device), "", sep="\n")
     print(*cache_lines(config, args.batch, context, dtype), sep="\n")

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig, UserError
 from mla_lm.flops import model_size, same_size_as
+from tests.test_presets import preset
 
 KINDS = {
     "mla": AttentionConfig(kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4, nope_dim=4),
@@ -40,13 +42,28 @@ def test_flops_of_a_training_step(attention, tied):
     assert model_size(config).flops_per_token * tokens.numel() == others + attended * 17 / 32
 
 
+@pytest.mark.parametrize("name", ["mla_small", "mha_small", "gqa_small", "mqa_small", "mla_serving"])
+def test_flops_of_the_presets(name):
+    """On tensors without data, by the same two counts; mla_serving has heads of 192 for queries and 128 for values."""
+    config = replace(preset(name), num_layers=2, vocab_size=4096)
+    with FakeTensorMode():
+        model, tokens = Transformer(config), torch.zeros(2, config.seq_len, dtype=torch.long)
+        others = counted(model, tokens, SDPBackend.FLASH_ATTENTION)
+        attended = counted(model, tokens, SDPBackend.MATH) - others
+    layer = model.blocks[0].attention
+    qk_dim, value_dim = (layer.qk_dim, layer.config.value_dim) if "mla" in name else (layer.head_dim, layer.head_dim)
+    kernel = 2 * max(qk_dim, value_dim) * 2 * config.seq_len  # of the padded heads, and of all pairs of places
+    needed = (qk_dim + value_dim) * (config.seq_len + 1)
+    assert model_size(config).flops_per_token * tokens.numel() == others + attended * needed / kernel
+
+
 def test_padding_of_unequal_heads_is_not_counted():
     # nope_dim + rope_dim = 12 against value_dim = 8: the kernel gets 12 and 12, of which 12 + 8 are needed.
     config = replace(CONFIG, attention=AttentionConfig(kv_compressed_dim=16, rope_dim=4))
     model, tokens = Transformer(config), torch.randint(61, (2, 16))
     others = counted(model, tokens, SDPBackend.FLASH_ATTENTION)
     attended = counted(model, tokens, SDPBackend.MATH) - others
-    assert model_size(config).flops_per_token * tokens.numel() == pytest.approx(others + attended * 20 / 24 * 17 / 32)
+    assert model_size(config).flops_per_token * tokens.numel() == others + attended * 20 * 17 / (24 * 32)
 
 
 @each_kind

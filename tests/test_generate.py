@@ -78,6 +78,16 @@ def test_number_of_tokens_and_of_forward_passes(prompt_length, max_tokens):
     assert passes == ([prompt_length] + [1] * (len(tokens) - 1) if tokens else [])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_prompt_is_read_in_chunks(kind, monkeypatch):
+    model, prompts, passes = model_of(kind), torch.randint(61, (2, 13)), []
+    whole = sample(model, prompts, 6, temperature=0)
+    monkeypatch.setattr("mla_lm.generate.PREFILL", 5)
+    model.norm.register_forward_hook(lambda module, args, out: passes.append(out.size(1)))
+    assert torch.equal(sample(model, prompts, 6, temperature=0), whole)
+    assert passes == [5, 5, 3, 1, 1, 1, 1, 1]
+
+
 def test_the_generator_decides():
     model, prompts = model_of("mla"), torch.randint(61, (2, 4))
     draw = lambda seed, **o: sample(model, prompts, 20, generator=torch.Generator().manual_seed(seed), **o)  # noqa: E731

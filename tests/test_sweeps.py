@@ -83,7 +83,7 @@ def test_learning_rate(train, tmp_path):
     """Without -m and the list, with them, and with more of the command line."""
     result = succeeded(train("sweep=learning_rate", "trainer.max_steps=1", "hydra.sweep.dir=sweep"))
     rates = [yaml.safe_load((tmp_path / "sweep" / str(n) / "config.yaml").read_text())["optimizer"] for n in range(5)]
-    default = yaml.safe_load((ROOT / "conf" / "optimizer" / "adamw.yaml").read_text())
+    default = yaml.safe_load((ROOT / "conf" / "optimizer" / "muon.yaml").read_text())
     assert [rate["lr"] for rate in rates] == [default["lr"] * 2**n for n in (-2, -1, 0, 1, 2)]
     assert sorted(float(row["optimizer.lr"]) for row in table_of(result)) == [rate["lr"] for rate in rates]
     assert "cache B/token" not in table_of(result)[0]  # it is the same for all

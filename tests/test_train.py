@@ -121,6 +121,17 @@ def test_every_attention_kind(train, tmp_path, kind, elements):
     assert cache.nbytes == 16 * summary["kv_cache_bytes_per_token"]
 
 
+def test_an_int8_cache_is_measured_in_place_of_the_other(train, tmp_path):
+    succeeded(train("kv_cache_dtype=int8", "hydra.run.dir=run"))
+    summary, per_token = summary_of(tmp_path / "run"), 2 * (20 + 2 * 2)  # two layers, two scales in each
+    assert summary["kv_cache_bytes_per_token"] == per_token
+    assert summary["kv_cache_bytes_at_seq_len"] == 32 * per_token
+    assert summary["kv_cache_vs_mha"] == per_token / (2 * 128 * 4)
+    measured = [row["kv_cache/bytes_per_token"] for row in rows_of(tmp_path / "run") if "kv_cache/vs_mha" in row]
+    assert measured == [per_token, per_token]
+    refused(train("kv_cache_dtype=int4"), "kv_cache_dtype=int4", "int8")
+
+
 def summary_vocabulary(run: Path) -> int:
     return yaml.safe_load((run / "config.yaml").read_text())["model"]["vocab_size"]
 

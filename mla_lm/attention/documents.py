@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from mla_lm.attention.fused import causal_attention
 
@@ -50,6 +49,8 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents:
     B, H, T, _ = q.shape
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B * T, H | H_kv, D)
     if q.is_cuda and q.dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn  # which no other run should have to load
+
         rows = [t.repeat_interleave(H // t.size(1), dim=1) for t in rows]  # in torch 2.11 it shares no key heads
         starts = documents.starts
         out = varlen_attn(*rows, starts, starts, T, T, scale=scale, window_size=(-1, 0))

@@ -3,6 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+MOST_PLAIN_KEYS = 512  # in bf16 on a CPU: products and a softmax take half the time of the fused kernel up to here
+LEAST_KEYS = 1024  # for each thread: cutting fewer keys among threads costs more than it gains
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -20,31 +24,89 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         (B, H, T, D_v)
     """
+    queries, keys = q.size(2), k.size(2)
+    if queries == keys and stores_scores(q.device.type, q.dtype, keys):
+        return _plain(q, k, v, scale)
     dim, value_dim = q.size(-1), v.size(-1)
     if value_dim < dim:
         v = F.pad(v, (0, dim - value_dim))
     elif value_dim > dim:
         q, k = F.pad(q, (0, value_dim - dim)), F.pad(k, (0, value_dim - dim))
-    if q.size(2) < k.size(2):
-        out = _attend_to_past(q, k, v, scale)
-    else:
-        if q.is_cuda and q.dtype == torch.float32:  # only FlashAttention shares key heads, and it has no fp32
-            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-        shared = k.size(1) < q.size(1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=shared)
+    if queries < keys and q.device.type == "cpu" and not (torch.is_grad_enabled() and q.requires_grad):
+        return _attend_to_past(q, k, v, scale)[..., :value_dim]
+    if queries == 1:  # it sees every key
+        return F.scaled_dot_product_attention(_rows(q, k), k, v, scale=scale).view(q.shape)[..., :value_dim]
+    if q.is_cuda and q.dtype == torch.float32:  # only FlashAttention shares key heads, and it has no fp32
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
+    # Neither is a tensor on CUDA. is_causal would align the first query, not the last, with the first key.
+    mask = {"attn_mask": causal_lower_right(queries, keys)} if queries < keys else {"is_causal": True}
+    out = F.scaled_dot_product_attention(q, k, v, **mask, scale=scale, enable_gqa=k.size(1) < q.size(1))
     return out[..., :value_dim]
 
 
-def _attend_to_past(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The case T < S. The query heads that share a key head become rows of one matrix: (B, H_kv, H / H_kv * T, D).
+def stores_scores(device: str, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether `causal_attention` over so many tokens stores the scores of every head, as no fused kernel does."""
+    return device == "cpu" and dtype == torch.bfloat16 and tokens <= MOST_PLAIN_KEYS
 
-    So a step of decoding is one product for each key head, and no kernel need know both a mask and shared heads,
-    which on CUDA none does.
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The case T = S with the T x T scores stored, in bf16."""
+    B, H, T, _ = q.shape
+    mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(H // k.size(1), 1)
+    q, k, v = (t.flatten(0, 1) for t in (_rows(q, k), k, v))
+    weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # within, it sums in fp32
+    return (weights @ v).view(B, H, T, -1)
+
+
+def _rows(q: Tensor, k: Tensor) -> Tensor:
+    """The query heads that share a key head as rows of one matrix: (B, H_kv, H / H_kv * T, D)."""
+    return q.reshape(q.size(0), k.size(1), -1, q.size(3))
+
+
+def _attend_to_past(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The case T < S on a CPU, without a mask over the past, which would make the kernel several times slower.
+
+    All queries see all of the past; only among themselves is there an order. The two are attended to apart, and put
+    together by what the softmax of each was divided by. There is no gradient of that.
     """
-    kv_heads, queries, keys = k.size(1), q.size(2), k.size(2)
-    mask = None  # a single query sees every key
-    if queries > 1:  # is_causal would align the first query, not the last, with the first key
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        mask = mask.repeat(q.size(1) // kv_heads, 1)
-    rows = q.reshape(q.size(0), kv_heads, -1, q.size(3))
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale).view(q.shape)
+    queries, group = q.size(2), q.size(1) // k.size(1)
+    if queries == 1:
+        return _merge(_all_keys(_rows(q, k), k, v, scale)).reshape(q.shape)
+    past = k.size(2) - queries
+    pieces = _all_keys(_rows(q, k), k[:, :, :past], v[:, :, :past], scale)
+    pieces = [(out.reshape(q.shape), divisor.reshape(q.shape[:3])) for out, divisor in pieces]
+    own = (t[:, :, past:].repeat_interleave(group, dim=1) for t in (k, v))
+    return _merge([*pieces, _flash(q, *own, is_causal=True, scale=scale)])
+
+
+def _all_keys(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[tuple[Tensor, Tensor]]:
+    """Every query over every key, in pieces to `_merge`; q (B, H_kv, rows, D).
+
+    The kernel has a thread for each head of each sequence. Where threads would be left over, keys are cut among them.
+    """
+    B, heads, keys, _ = k.shape
+    cuts = min(torch.get_num_threads() // (B * heads), keys // LEAST_KEYS)
+    if cuts < 2 or B > 1 < heads:
+        return [_flash(q, k, v, scale=scale)]
+    length = keys // cuts
+    q, k, v = (t if B > 1 else t.transpose(0, 1) for t in (q, k, v))  # heads are now in dimension 0, and 1 is free
+    cut = [t[:, :, : cuts * length].unflatten(2, (cuts, length)).squeeze(1) for t in (k, v)]
+    out, divisor = _flash(q.expand(-1, cuts, -1, -1), *cut, scale=scale)
+    pieces = list(zip(out.split(1, dim=1), divisor.split(1, dim=1), strict=True))
+    if cuts * length < keys:
+        pieces.append(_flash(q, k[:, :, cuts * length :], v[:, :, cuts * length :], scale=scale))
+    return pieces if B > 1 else [(out.transpose(0, 1), divisor.transpose(0, 1)) for out, divisor in pieces]
+
+
+# (B, H, T, D), and the logarithm of what the softmax was divided by, (B, H, T)
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _merge(pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention over all keys from attention over some of them each."""
+    if len(pieces) == 1:
+        return pieces[0][0]
+    outs, divisors = zip(*pieces, strict=True)
+    divisors = torch.stack(divisors)
+    shares = (divisors - divisors.logsumexp(0)).exp()  # of each piece, in fp32
+    return (torch.stack(outs) * shares.unsqueeze(-1)).sum(0).to(outs[0].dtype)

@@ -85,9 +85,17 @@ class MHA(nn.Module):
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
 
     def new_cache(
-        self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+        self,
+        batch_size: int,
+        max_len: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> LayerCache:
-        """An empty cache for `max_len` tokens; dtype and device are the weights' unless given."""
-        weight = self.k_proj.weight
-        shape = (self.config.num_kv_heads, self.head_dim)
-        return LayerCache(batch_size, max_len, [shape, shape], dtype or weight.dtype, device or weight.device)
+        """An empty cache for `max_len` tokens, or one that grows up to seq_len; see `LayerCache`.
+
+        dtype and device are the weights' unless given; in int8 a token's key and value have a scale each in every head.
+        """
+        weight, limit = self.k_proj.weight, max_len or self.config.seq_len
+        shape = (self.config.num_kv_heads, (self.head_dim,))
+        dtype, device = dtype or weight.dtype, device or weight.device
+        return LayerCache(batch_size, limit, [shape, shape], dtype, device, grows=max_len is None)

@@ -164,13 +164,17 @@ class MLA(nn.Module):
         result (B, T, H * value_dim).
         """
         c = self.config
+        B, T = q_nope.shape[:2]
         up = self.kv_up.weight.to(q_nope.dtype).unflatten(0, (c.num_heads, c.nope_dim + c.value_dim))
         w_uk, w_uv = up.split((c.nope_dim, c.value_dim), dim=1)  # (H, nope_dim | value_dim, kv_compressed_dim)
-        q = torch.cat((torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1)
+        # Plain products of one matrix for each head, as einsum would take twice the time to find out for one token.
+        q = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).unflatten(1, (B, T)).transpose(0, 1)
+        q = torch.cat((q, q_rope.transpose(1, 2)), dim=-1)  # (B, H, T, kv_compressed_dim + rope_dim)
         key = entries.unsqueeze(1)  # (B, 1, S, kv_compressed_dim + rope_dim)
         # The values are the latents. Passing the rope part along and dropping it afterwards keeps the kernel fused.
         out = causal_attention(q, key, key, self.scale)[..., : c.kv_compressed_dim]  # (B, H, T, kv_compressed_dim)
-        return torch.einsum("bhtc,hvc->bthv", out, w_uv).flatten(2)
+        out = torch.bmm(out.transpose(0, 1).flatten(1, 2), w_uv.mT)  # (H, B * T, value_dim)
+        return out.transpose(0, 1).reshape(B, T, -1)
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Which path needs fewer multiply-adds for `queries` new tokens over `keys` cached ones, per head.
@@ -184,9 +188,17 @@ class MLA(nn.Module):
         return absorbed < keys * r * d + queries * keys * (d + rope)
 
     def new_cache(
-        self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+        self,
+        batch_size: int,
+        max_len: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> LayerCache:
-        """An empty cache for `max_len` tokens; dtype and device are the weights' unless given."""
-        weight = self.kv_up.weight
-        width = self.config.kv_compressed_dim + self.config.rope_dim
-        return LayerCache(batch_size, max_len, [(1, width)], dtype or weight.dtype, device or weight.device)
+        """An empty cache for `max_len` tokens, or one that grows up to seq_len; see `LayerCache`.
+
+        dtype and device are the weights' unless given; in int8 a token's latent has a scale, and its key another.
+        """
+        c, weight = self.config, self.kv_up.weight
+        shape = (1, (c.kv_compressed_dim, c.rope_dim))
+        dtype, device = dtype or weight.dtype, device or weight.device
+        return LayerCache(batch_size, max_len or c.seq_len, [shape], dtype, device, grows=max_len is None)

@@ -106,6 +106,8 @@ class RotaryEmbedding(nn.Module):
 
     def _fill(self) -> None:
         device = self.cos.device
+        if device.type == "meta":  # only sizes are asked for, and that often
+            return
         frequency = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu") / self.dim)
         if self.frequencies is not None:
             frequency = torch.tensor(self.frequencies, dtype=torch.float64, device="cpu")

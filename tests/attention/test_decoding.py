@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig
+from mla_lm.attention.cache import dequantize, quantize
 
 few = settings(max_examples=25, deadline=None)
 
@@ -125,6 +126,60 @@ def test_a_full_cache_refuses_and_stays_as_it_was(num_kv_heads):
         layer(torch.randn(1, 2, 32), cache)
     assert cache.length == 3
     assert all(map(torch.equal, before, cache.tensors))
+
+
+@torch.no_grad()
+@few
+@given(layers, chunkings, st.sampled_from([None, torch.bfloat16, torch.int8]), st.integers(0, 2**31))
+def test_a_cache_that_grows_is_one_that_was_there_at_once(layer, chunks, dtype, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(2, sum(chunks), layer.config.d_model)
+    grown, whole = layer.new_cache(2, dtype=dtype), layer.new_cache(2, 32, dtype)
+    assert grown.nbytes == 0
+    for part in x.split(chunks, dim=1):
+        torch.testing.assert_close(layer(part, grown), layer(part, whole), rtol=1e-5, atol=1e-5)
+        room = grown.nbytes * 32 // whole.nbytes
+        assert grown.length <= room <= min(32, 2 * grown.length)
+    for part in torch.randn(2, 32 - sum(chunks), layer.config.d_model).split(1, dim=1):
+        layer(part, grown)
+    assert (grown.length, grown.nbytes) == (32, whole.nbytes)  # full, it has the bytes of its tokens and no more
+    with pytest.raises(ValueError, match="33 "):
+        layer(torch.randn(2, 1, layer.config.d_model), grown)
+
+
+@torch.no_grad()
+@few
+@given(layers, chunkings, st.integers(0, 2**31))
+def test_int8_cache(layer, chunks, seed):
+    """Half the bytes of bf16 and two for each scale; the output within what rounding to 8 bits takes."""
+    torch.manual_seed(seed)
+    c, x = layer.config, torch.randn(2, sum(chunks), layer.config.d_model)
+    cache, bf16 = layer.new_cache(2, x.size(1), torch.int8), layer.new_cache(2, x.size(1), torch.bfloat16)
+    scales = 2 if isinstance(c, MLAConfig) else 2 * c.num_kv_heads
+    assert cache.nbytes == bf16.nbytes // 2 + 2 * x.size(1) * scales * 2
+    out = torch.cat([layer(part, cache) for part in x.split(chunks, dim=1)], dim=1)
+    expected = layer(x)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0.03 * expected.abs().max().item() + 1e-6)
+    assert {tensor.dtype for tensor in cache.tensors} == {torch.int8, torch.bfloat16}
+
+
+@few
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    st.floats(-30, 30),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 2**31),
+)
+def test_quantizing_takes_half_a_step_at_most(parts, exponent, dtype, seed):
+    torch.manual_seed(seed)
+    x = (torch.randn(2, 3, 5, sum(parts)) * 2.0**exponent).to(dtype)
+    x[0, 0, 0] = 0
+    values, scales = quantize(x, parts)
+    back = dequantize(values, scales, parts, torch.float32)
+    for piece, restored, scale in zip(x.split(parts, -1), back.split(parts, -1), scales.split(1, -1), strict=True):
+        # the scale itself is rounded to 8 bits, by which the largest value may miss
+        assert ((piece - restored).abs() <= 0.51 * scale.float() + piece.abs() * 2**-8).all()
+    assert not back[0, 0, 0].any()
 
 
 def test_a_cache_may_be_longer_than_seq_len_but_no_sequence_may():

@@ -62,6 +62,17 @@ def test_stride(folder):
     assert narrow["loss"] != plain["loss"]
 
 
+def test_through_the_cache(folder):
+    plain, fp32, int8 = (figures_of(folder, *cache) for cache in ([], ["--cache", "fp32"], ["--cache", "int8"]))
+    assert fp32["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert int8["loss"] != fp32["loss"]
+    assert int8["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+    # 2 layers of 16 + 4 elements; in int8 with two scales of 2 bytes
+    assert (fp32["kv_cache_bytes_per_token"], int8["kv_cache_bytes_per_token"]) == (2 * 20 * 4, 2 * (20 + 4))
+    assert "kv_cache_bytes_per_token 48" in run(folder, "--cache", "int8").stdout
+    refused(run(folder, "--cache", "int4"), "--cache", "int4", "int8")
+
+
 @pytest.mark.parametrize("stride", ["0", "33", "-1"])
 def test_stride_beyond_the_window(folder, stride):
     refused(run(folder, f"--stride={stride}"), f"--stride {stride} ", "seq_len=32")

@@ -16,6 +16,7 @@ import mla_lm
 from mla_lm import cli
 from mla_lm.columns import column_width
 from mla_lm.data.tokenizer import decode, encode
+from mla_lm.report import human_bytes
 from scripts import generate
 from tests.conftest import ROOT, Result, TrainCommand, call_main, refused, succeeded, summary_of
 
@@ -58,6 +59,18 @@ def test_greedy_decoding(folder):
     stored = 1 + len(encode(tokenizer, "def f(")) + 8
     assert "8 tokens, " in result.stderr
     assert f"KV cache of {stored} tokens: {model.new_cache(1, stored).nbytes / 1024:.1f} KiB" in result.stderr
+
+
+def test_int8_cache(folder):
+    """Half of bf16's bytes and the scales; the text is, at first at least, that of the whole cache."""
+    arguments = ("--prompt", "def f(", "--temperature", "0", "--max-tokens", "2")
+    for name in ("mla", "mha"):
+        model, tokenizer, _ = mla_lm.load_run(folder / name)
+        stored = 1 + len(encode(tokenizer, "def f(")) + 2
+        result = succeeded(call(folder, name, *arguments, "--cache", "int8"))
+        held = human_bytes(model.new_cache(1, stored, torch.int8).nbytes)
+        assert f"KV cache of {stored} tokens: {held}" in result.stderr
+        assert result.stdout == succeeded(call(folder, name, *arguments)).stdout
 
 
 def test_several_prompts_each_as_if_alone(folder):

@@ -42,10 +42,10 @@ def allocations(work) -> list[int]:
     return held
 
 
-def measured(config: TransformerConfig, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+def measured(config: TransformerConfig, batch: int, dtype: torch.dtype, kind: str = "adamw") -> tuple[int, int]:
     """Bytes kept from the forward to the backward pass, and the most that a whole step holds."""
     model, tokens = Transformer(config).train(), torch.randint(config.vocab_size, (batch, config.seq_len))
-    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer = build_optimizer(model, OptimizerConfig(kind=kind), dtype=dtype)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
 
     def forward() -> torch.Tensor:
@@ -81,6 +81,21 @@ def test_memory_is_within_a_tenth_of_what_is_measured(kind, dtype, shape):
     assert planned.peak(checkpointing=True) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_with_muon(dtype):
+    sizes, vocab_size, batch = SHAPES[0]
+    config = TransformerConfig(*sizes, KINDS["mla"], vocab_size=vocab_size)
+    planned = training_memory(config, batch, dtype, "cpu", "muon")
+    assert planned.peak(checkpointing=False) == pytest.approx(measured(config, batch, dtype, "muon")[1], rel=0.1)
+    optimizer = build_optimizer(Transformer(config), OptimizerConfig(kind="muon"))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
+    assert planned.optimizer_state == state
+
+
 def test_gradients_of_earlier_micro_batches_are_there_throughout():
     memory = TrainingMemory(10, 10, 20, 5, 7, 100, 4, recomputed_block=8, feed_forward_gradients=1)
     assert memory.peak(checkpointing=False) == 10 + 20 + 5 + 100 + 7
@@ -94,7 +109,7 @@ def test_what_is_printed():
     lines = succeeded(call(*options, "--batch", "3", "--context", "100")).stdout.splitlines()
     attention = AttentionConfig(kv_compressed_dim=40, rope_dim=8, nope_dim=24, value_dim=32)
     config = TransformerConfig(3, 128, 4, 128, 400, attention, vocab_size=4096)
-    size, memory = model_size(config), training_memory(config, 64, torch.bfloat16, "cpu")
+    size, memory = model_size(config), training_memory(config, 64, torch.bfloat16, "cpu", "muon")
     assert lines[1] == f"parameters  {size.parameters:,}, without the embedding {size.non_embedding_parameters:,}"
     assert f"{size.flops_per_token / 1e6:,.1f}M per token" in lines[2]
     assert "32,768 tokens a step in 4 micro-batches, 64 x 128 tokens at once" in lines[4]

@@ -1,0 +1,73 @@
+"""scripts.bench decode at a tiny size: what it compares is the same, and its JSON is as promised."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mla_lm import AttentionConfig, Transformer, cli
+from mla_lm.flops import model_size
+from scripts.bench import __main__ as bench
+from scripts.bench import decode
+from tests.conftest import call_main, refused, succeeded
+
+TINY = {"num_layers": 2, "d_model": 48, "ff_hidden": 64, "vocab_size": 61}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    attention = AttentionConfig(kv_compressed_dim=16, rope_dim=4, nope_dim=4, value_dim=8)
+    monkeypatch.setattr(decode, "MLA", replace(decode.MLA, **TINY, attention=attention))
+    monkeypatch.setattr(decode, "MHA", replace(decode.MHA, **TINY))
+
+
+def call(folder, *arguments):
+    return call_main(lambda: cli.run(bench.main), ["bench", "decode", *arguments], folder)
+
+
+def test_rows_and_ratios(tiny, tmp_path):
+    sizes = ("--context", "5,600", "--batch", "2,1", "--precision", "fp32,bf16", "--repeats", "2")
+    result = succeeded(call(tmp_path, *sizes, "--json", "out.json"))
+    figures = json.loads((tmp_path / "out.json").read_text())
+    rows = figures["rows"]
+    assert [(row["precision"], row["batch"], row["context"]) for row in rows] == [
+        (precision, batch, context) for precision in ("fp32", "bf16") for batch in (2, 1) for context in (5, 600)
+    ]
+    assert all(row["same tokens"] for row in rows if row["precision"] == "fp32")
+    for peer in ("transformers", "mha"):
+        assert figures["ratios"][peer] == [row[f"over {peer}"] for row in rows[:2]]
+        assert all(row[f"over {peer}"] > 0 for row in rows)
+    assert figures["tokens_per_second"] == [row["tokens/s"] for row in rows[:2]]
+    assert rows[3]["cache MiB"] == rows[1]["cache MiB"] / 2  # one sequence, not two
+    assert "over transformers" in result.stdout
+
+
+@torch.no_grad()
+def test_their_cache_is_what_they_would_have_stored(tiny):
+    torch.manual_seed(0)
+    model = Transformer(replace(decode.MLA, seq_len=32)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    given = decode.Theirs(model, batch=2, context=20)
+    tokens = torch.arange(20).expand(2, -1)
+    stored = given.model(tokens, use_cache=True).past_key_values
+    for ours, own in zip(given.cache.layers, stored.layers, strict=True):
+        torch.testing.assert_close(ours.keys, own.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.values, own.values, rtol=1e-4, atol=1e-4)
+    before = [layer.keys for layer in given.cache.layers]
+    first = torch.tensor([[3], [4]])
+    assert torch.equal(given.decode(first, 5), decode.Ours(model, 2, 20, 5).decode(first, 5))
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, given.cache.layers, strict=True))
+
+
+def test_mha_has_as_many_parameters():
+    mla, mha = (model_size(replace(config, seq_len=64)).parameters for config in (decode.MLA, decode.MHA))
+    assert mha == pytest.approx(mla, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--context", "0"), ("--context", "8,x"), ("--batch", "-1"), ("--precision", "fp32,int4")]
+)
+def test_refused(arguments, tmp_path):
+    refused(call(tmp_path, *arguments), arguments[0])
