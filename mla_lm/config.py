@@ -24,7 +24,7 @@ KV_CACHE_DTYPES = (None, "int8")
 class TrainerConfig:
     """How long and on what; the names are those of lightning.Trainer."""
 
-    max_steps: int = 2400  # optimizer steps
+    max_steps: int = 2000  # optimizer steps
     accelerator: str = "auto"  # auto | cpu | gpu | mps
     devices: int = 1
     num_nodes: int = 1

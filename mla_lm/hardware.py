@@ -12,7 +12,7 @@ from mla_lm.errors import UserError
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 COMPILE_SECONDS = {"cpu": 50.0, "cuda": 40.0}  # of the training step of a small model, measured; larger ones take more
-COMPILE_WORTH = {"cpu": 20, "cuda": 3}  # runs longer than this many times that gain: 6 to 20% of a step on a CPU
+COMPILE_WORTH = {"cpu": 8, "cuda": 3}  # runs longer than this many times that gain: 10 to 20% of a step on a CPU
 UTILIZATION = 0.45  # of the matrix-product peak that an eager step reaches, for estimates only
 
 

@@ -65,7 +65,8 @@ def main() -> None:
     for name, net in ((args.run, model), (args.out, converted)):
         print(f"{name}: {figures(net, measured, tokenizer, config)}")
     path = shlex.quote(args.out)
-    print(f"heal        python train.py init_from={path} data=... optimizer=adamw optimizer.lr=5e-4 trainer.max_steps=200")
+    options = "optimizer=adamw optimizer.lr=5e-4 trainer.max_steps=200"
+    print(f"heal        python train.py init_from={path} data=... {options}")
     print(f'sample      python -m scripts.generate {path} --prompt "..."')
 
 
