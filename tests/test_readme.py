@@ -39,6 +39,6 @@ def test_every_command_of_the_readme_names_what_exists():
     """Modules and config options that the README's commands name are there."""
     text = (ROOT / "README.md").read_text()
     for module in set(re.findall(r"python -m scripts\.(\w+)", text)):
-        assert (ROOT / "scripts" / f"{module}.py").is_file()
+        assert any((ROOT / "scripts" / name).is_file() for name in (f"{module}.py", f"{module}/__main__.py")), module
     for group, option in re.findall(r"\b(model|data|debug|logger|schedule)=(\w+)", text):
         assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group}={option}"

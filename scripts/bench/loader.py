@@ -42,7 +42,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     data.check()
     store = open_store(data)
     args.vocab_size = vocabulary_size(store.tokenizer)
-    training = OurTraining(our_config("mla", args), tokens_of(args).to(args.device), args.precision, args.compile)
+    how = (args.precision, args.compile, args.optimizer)
+    training = OurTraining(our_config("mla", args), tokens_of(args).to(args.device), *how)
     loader = TextDataModule(training.config, store).train_dataloader()
     texts = [row["text"] for row in open_source(data).documents("validation")]
     timed, stalls, steps = TimedLoader(loader), [], measure.steps_in_a_round(training.run)

@@ -50,6 +50,9 @@ def add_work(parser: argparse.ArgumentParser, vocab_size: int = 65) -> None:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="the network (default: where it can be)"
     )
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="ours (default: %(default)s, as the peers have)"
+    )
     measure.add_repeats(parser)
     measure.add_device(parser)
 
@@ -191,7 +194,7 @@ def build(contender: Contender, args: argparse.Namespace) -> "OurTraining | peer
     if contender.kind == "transformers":
         flops = model_size(config).flops_per_token
         return peers.transformers_training(Transformer(config), flops, tokens, *how)
-    return OurTraining(config, tokens, *how)
+    return OurTraining(config, tokens, *how, args.optimizer)
 
 
 class OurTraining:
@@ -200,13 +203,14 @@ class OurTraining:
     Args:
         model: its configuration
         tokens: (B, T + 1), the batch of every step, in one micro-batch
+        optimizer: a name in conf/optimizer
     """
 
-    def __init__(self, model: TransformerConfig, tokens: Tensor, precision: str, compiled: bool):
+    def __init__(self, model: TransformerConfig, tokens: Tensor, precision: str, compiled: bool, optimizer: str):
         self.tokens, self.device = tokens, tokens.device.type
         per_step = tokens[:, 1:].numel()
         self.config = replace(
-            composed([]),
+            composed([f"optimizer={optimizer}"]),
             model=model,
             tokens_per_step=per_step,
             micro_batch_tokens=per_step,

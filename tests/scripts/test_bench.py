@@ -28,6 +28,9 @@ WORK = ("--layers=2", "--d-model=64", "--heads=4", "--seq-len=32", "--sequences=
 NANOGPT = os.environ.get("NANOGPT")
 with_nanogpt = pytest.mark.skipif(not NANOGPT, reason="needs nanoGPT: set NANOGPT to the folder of a clone")
 DEFAULT = Namespace(layers=6, d_model=384, heads=6, seq_len=256, sequences=16, vocab_size=65)
+TINY = Namespace(
+    layers=1, d_model=32, heads=2, seq_len=64, sequences=32, vocab_size=8192, device="cpu", optimizer="adamw"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +101,12 @@ def test_mla_has_the_parameters_of_mha(d_model, heads, vocab_size):
     assert mla.cache_elements_per_token_per_layer <= 0.21 * mha.cache_elements_per_token_per_layer
 
 
-@pytest.mark.parametrize("kind", ["mla", "mha", "transformers"])
-def test_each_learns(kind):
+@pytest.mark.parametrize(
+    ("kind", "optimizer"), [("mla", "adamw"), ("mla", "muon"), ("mha", "adamw"), ("transformers", "adamw")]
+)
+def test_each_learns(kind, optimizer):
     """A step that did nothing would be fast."""
-    args = Namespace(layers=1, d_model=32, heads=2, seq_len=16, sequences=4, vocab_size=65, device="cpu")
+    args = Namespace(**{**vars(TINY), "sequences": 4, "seq_len": 16, "vocab_size": 65, "optimizer": optimizer})
     training, later = (bench_train.build(Contender(kind, "32-true", False), args) for _ in range(2))
     training.run(20)
     model, trained = (t.module.net if kind != "transformers" else t.model for t in (later, training))
@@ -112,9 +117,8 @@ def test_each_learns(kind):
 
 def test_peak_memory_of_a_process_of_its_own():
     """transformers holds the logits of all tokens, in the precision of the model and in fp32."""
-    args = Namespace(layers=1, d_model=32, heads=2, seq_len=64, sequences=32, vocab_size=8192, device="cpu")
     logits = 4 * 64 * 32 * 8192
-    peak = measure.in_own_process(bench_train.peak_memory, Contender("transformers", "32-true", False), args)
+    peak = measure.in_own_process(bench_train.peak_memory, Contender("transformers", "32-true", False), TINY)
     assert 2 * logits < peak < 8 * logits
 
 
