@@ -115,12 +115,7 @@ def resume_in_place(arguments: list[str]) -> list[str]:
         raise UserError("ckpt_path goes on in the run's own folder: leave out hydra.run.dir")
     rest = [argument for argument in arguments if not argument.startswith("ckpt_path=")]
     folder = find_run(path)[0].path
-    return [*rest, f"ckpt_path={_quoted(path)}", f"hydra.run.dir={_quoted(folder)}"]
-
-
-def _quoted(path: str | Path) -> str:
-    """As Hydra's grammar wants a string that may hold any sign."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return [*rest, f"ckpt_path={cli.quoted(path)}", f"hydra.run.dir={cli.quoted(folder)}"]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -76,6 +77,11 @@ def check_flags(arguments: list[str]) -> None:
     parser = get_args_parser()
     parser.error = Parser.error.__get__(parser)
     parser.parse_args(arguments)
+
+
+def quoted(value: object) -> str:
+    """As Hydra's grammar wants a string that may hold any sign."""
+    return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def explain_hydra(error: Exception, schema: type | None = None) -> str:

@@ -93,10 +93,10 @@ def matmul_flops_per_second(device: str, precision: str) -> float:
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     best = float("inf")
     for _ in range(6):  # the first warms up
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ b
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -116,7 +116,8 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
+    """Wait for what was started on the device."""
     if device == "cuda":
         torch.cuda.synchronize()
     elif device == "mps":

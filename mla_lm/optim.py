@@ -12,13 +12,13 @@ from mla_lm.errors import UserError
 
 # a, b, c of the steps x <- a x + b (x x^T) x + c (x x^T)^2 x, which bring singular values between 1e-3 and 1 nearest
 # to 1, each after those before it (Polar Express, arXiv 2505.16932, algorithm 1, where there are more of them). Three
-# leave them between 0.2 and 1.9, and train as well as five for three fifths of the work.
+# leave those of a random matrix between 0.2 and 1.9, for three fifths of the work of five.
 POLAR_STEPS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
 )
-SAFETY = 1.01  # singular values that rounding to bf16 has raised above 1 would grow without bounds
+SAFETY = 1.01  # bf16 rounds singular values to above 1, from where the steps lead away
 UPDATE_RMS = 0.2  # about that of AdamW's updates, so that both take one learning rate (arXiv 2502.16982, section 2.2)
 
 
@@ -109,7 +109,10 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in parameters:
             alike[min(p.shape), max(p.shape), p.device].append(p)
         for same in alike.values():
-            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in same]
+            for p in same:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in same]
             grads = [p.grad for p in same]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's

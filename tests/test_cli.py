@@ -3,6 +3,9 @@
 import signal
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mla_lm import cli
 from mla_lm.config import TrainConfig
@@ -43,3 +46,10 @@ def test_key_names_are_those_of_values():
     assert "model.attention.rope_dim" in names
     assert "model.attention" not in names
     assert "seed" in names
+
+
+@given(st.text(st.characters(codec="ascii", min_codepoint=32, exclude_characters="\x7f"), min_size=1))
+def test_quoted_is_read_by_hydra_as_it_was(text):
+    """A backslash, a quote, a comma, an interpolation's sign: a path may have any."""
+    (override,) = OverridesParser.create().parse_overrides([f"key={cli.quoted(text)}"])
+    assert override.value() == text

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-MOST_PLAIN_KEYS = 512  # in bf16 on a CPU: products and a softmax take half the time of the fused kernel up to here
+MOST_PLAIN_KEYS = 512  # in bf16 on a CPU: products and a softmax take less time than the fused kernel up to here
 LEAST_KEYS = 1024  # for each thread: cutting fewer keys among threads costs more than it gains
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig
-from mla_lm.hardware import choose_precision, inference_autocast
+from mla_lm.hardware import choose_precision, inference_autocast, synchronize
 from mla_lm.optim import build_optimizer
 from mla_lm.saving import BackgroundCheckpointIO
 from mla_lm.transformer import Transformer
@@ -119,7 +119,7 @@ class Training:
 
     def round(self, steps: int, how: str | None) -> Round:
         """A loop of steps, with a save before the first of them: synchronous, ours, or None."""
-        measure.synchronize(self.device)
+        synchronize(self.device)
         began = time.perf_counter()
         written: list[float] = []
         if how == "synchronous":
@@ -130,7 +130,7 @@ class Training:
             self.io.written.add_done_callback(lambda _: written.append(time.perf_counter()))
         held_up = time.perf_counter() - began
         held_up += sum(self.step() for _ in range(steps))
-        measure.synchronize(self.device)
+        synchronize(self.device)
         loop = time.perf_counter() - began
         self.io.wait()
         return Round(loop, held_up, written[0] - began if written else 0.0)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mla_lm.errors import UserError
-from mla_lm.hardware import choose_accelerator, peak_memory_bytes
+from mla_lm.hardware import choose_accelerator, peak_memory_bytes, synchronize
 
 SECONDS = 2.0  # that a contender runs in each round
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers")
@@ -101,14 +101,6 @@ def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
 def median_ratio(of: list[float], to: list[float]) -> float:
     """Median over the rounds of `of` over `to`: what slows a whole round drops out."""
     return median(a / b for a, b in zip(of, to, strict=True))
-
-
-def synchronize(device: str) -> None:
-    """Wait for what was started on the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    elif device == "mps":
-        torch.mps.synchronize()
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hydra.core.override_parser.types import Quote, QuotedString
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from mla_lm import cli
 from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
 from mla_lm.run import RunFolder
@@ -148,7 +148,7 @@ def run_ours(place: Path, name: str, text: Path, target: float, overrides: list[
         "data.val_tokens": text.stat().st_size,  # at least the whole split
         "hydra.run.dir": place / name,
     }
-    arguments = ["experiment=shakespeare_char", "logger=none", *(f"{k}={quoted(v)}" for k, v in settings.items())]
+    arguments = ["experiment=shakespeare_char", "logger=none", *(f"{k}={cli.quoted(v)}" for k, v in settings.items())]
     run, reached = RunFolder(place / name), []
 
     def look(seconds: float) -> None:
@@ -198,8 +198,3 @@ def watch(
             last = output.read().strip().splitlines()[-1:]
             raise UserError(f"{shlex.join(arguments)} ended with status {process.returncode}: {''.join(last)}")
     return seconds
-
-
-def quoted(value: object) -> str:
-    """As Hydra's grammar wants a string that may hold any sign."""
-    return QuotedString(str(value), Quote.single).with_quotes()

@@ -51,8 +51,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     heavy = {logger: heavy_imports(logger, args.overrides) for logger in args.loggers}
     turns = {logger: lambda logger=logger: first_step(logger, args.overrides) for logger in args.loggers}
     turns = {IMPORTS: import_seconds, **turns}
-    rounds = [{what: turn() for what, turn in turns.items()} for _ in range(args.repeats)]
-    seconds = {what: [figures[what] for figures in rounds] for what in turns}
+    seconds = measure.interleaved(turns, args.repeats)
     rows = [
         {
             "what": what,

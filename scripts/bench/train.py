@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from mla_lm.config import TrainerConfig
 from mla_lm.flops import model_size
-from mla_lm.hardware import choose_compile, choose_precision, matmul_flops_per_second
+from mla_lm.hardware import choose_compile, choose_precision, matmul_flops_per_second, synchronize
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.transformer import AttentionConfig, Transformer, TransformerConfig
 from scripts.bench import measure, peers
@@ -260,9 +260,9 @@ class Clock(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
         if trainer.global_step == 1:
             self.first_loss = module.loss.item()
-            measure.synchronize(self.device)
+            synchronize(self.device)
             self.began = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        measure.synchronize(self.device)
+        synchronize(self.device)
         self.seconds = time.perf_counter() - self.began
