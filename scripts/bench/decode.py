@@ -76,9 +76,9 @@ class Theirs:
     """transformers' DeepseekV3 with the weights of ours and the same latents in its cache."""
 
     def __init__(self, model: Transformer, batch: int, context: int):
+        self.model = peers.deepseek_v3(model).to(model.head.weight).eval()  # which refuses where there is no transformers
         from transformers import DynamicCache
 
-        self.model = peers.deepseek_v3(model).to(model.head.weight).eval()
         self.context, self.cache = context, DynamicCache()
         split = (model.config.attention.kv_compressed_dim, model.config.attention.rope_dim)
         for i, (stored,) in enumerate(entries(model, context)):
