@@ -76,7 +76,7 @@ class Theirs:
     """transformers' DeepseekV3 with the weights of ours and the same latents in its cache."""
 
     def __init__(self, model: Transformer, batch: int, context: int):
-        self.model = peers.deepseek_v3(model).to(model.head.weight).eval()  # which refuses where there is no transformers
+        self.model = peers.deepseek_v3(model).to(model.head.weight).eval()  # refuses without transformers
         from transformers import DynamicCache
 
         self.context, self.cache = context, DynamicCache()
