@@ -1,7 +1,9 @@
 """A checkpoint is written while training goes on: it holds the state as it was, whole, and no error is lost."""
 
 import copy
+import os
 import resource
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -48,6 +50,22 @@ def test_the_file_holds_what_was_saved_though_training_goes_on(tmp_path):
         step()
         io.wait()
         assert_equal(load_checkpoint(tmp_path / name), expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the threads of a process are read off Linux's /proc")
+def test_saving_starts_one_thread_and_no_workers_for_it(tmp_path):
+    """More OpenMP workers than cores slow down every parallel operation of the process, for good."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        (large := torch.ones(5_000_000)).add_(1)  # the main thread has its workers from here on
+        before = len(os.listdir("/proc/self/task"))
+        io = BackgroundCheckpointIO()
+        io.save_checkpoint({"large": large}, tmp_path / "a.ckpt")
+        io.wait()
+        assert len(os.listdir("/proc/self/task")) == before + 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_keeps_every_kind_of_tensor_and_what_is_shared(tmp_path):
