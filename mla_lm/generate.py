@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from mla_lm.attention.cache import ModelCache
 from mla_lm.errors import UserError
 from mla_lm.transformer import Transformer
 
@@ -28,6 +29,7 @@ def generate(
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
+    cache: ModelCache | None = None,
 ) -> Iterator[Tensor]:
     """Yield (B,) next ids, one position at a time, until `max_tokens` or the model's seq_len.
 
@@ -43,12 +45,15 @@ def generate(
         top_k, top_p, min_p, repetition_penalty: see `token_weights` and `penalize`; all off by default
         generator: on the model's device, for all rows; the global one unless given
         dtype: of the cache, the weights' unless given; see `LayerCache`
+        cache: one that holds the first tokens of every prompt, which are not read again; a new one unless given
 
     Yields:
         (B,) ids; NOTHING (-1) for a row whose prompt still goes on, or that has had its max_tokens
 
     Raises (at the first id that is asked for):
-        UserError (a ValueError): a prompt is longer than the model's seq_len, or `check_sampling` refuses an option.
+        UserError (a ValueError): a prompt is longer than the model's seq_len, the cache holds the whole of one, or
+            `check_sampling` refuses an option.
+        ValueError: the cache has no room for the rest of a prompt and what follows it.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts, seq_len = list(prompts), model.config.seq_len
@@ -60,8 +65,10 @@ def generate(
     given = _side_by_side(prompts, end)
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=given.device)
     seen.scatter_(1, torch.where(given == NOTHING, given[:, :1], given), True)  # the first stands for what is not there
-    cache = model.new_cache(len(prompts), end, dtype)
-    tokens = given[:, :shortest]
+    cache = cache or model.new_cache(len(prompts), end, dtype)
+    if cache.length >= shortest:
+        raise UserError(f"the cache holds {cache.length} tokens, and a prompt has {shortest}: nothing is left to read")
+    tokens = given[:, cache.length : shortest]
     for position in range(shortest, end):
         for chunk in tokens.split(PREFILL, dim=1):
             hidden = model.hidden_states(chunk, cache)

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.errors import UserError
 from mla_lm.generate import NOTHING, generate, penalize, token_weights
 
 KINDS = {
@@ -51,6 +52,25 @@ def test_each_prompt_of_a_batch_as_if_alone():
     model, prompts = model_of("mla"), torch.randint(61, (4, 5))
     alone = [sample(model, prompt[None], 10, temperature=0) for prompt in prompts]
     assert torch.equal(sample(model, prompts, 10, temperature=0), torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_goes_on_from_a_filled_cache(kind):
+    """What it holds is not read again: other ids in its place change nothing."""
+    model, prompts = model_of(kind), torch.randint(61, (2, 7))
+    expected = sample(model, prompts, 10, temperature=0)
+    cache = model.new_cache(2)
+    model.hidden_states(prompts[:, :5], cache)
+    prompts[:, :5] = 0
+    assert torch.equal(sample(model, prompts, 10, temperature=0, cache=cache), expected)
+
+
+def test_refuses_a_cache_that_holds_the_whole_prompt():
+    model, prompts = model_of("mla"), torch.randint(61, (2, 7))
+    cache = model.new_cache(2)
+    model.hidden_states(prompts, cache)
+    with pytest.raises(UserError, match="holds 7 tokens, and a prompt has 7"):
+        next(generate(model, prompts, 3, cache=cache))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_lm.generate import generate
 from mla_lm.transformer import AttentionConfig, Transformer, TransformerConfig
 from scripts.bench import measure, peers
 
 DESCRIPTION = """Tokens per second of greedy decoding over a filled cache.
 
 Ours is MLA, absorbed, through its latent cache. transformers is DeepseekV3 with the same weights and the same cached
-latents, stepped through its DynamicCache as its generate does, without what generate adds to a step. MHA is ours, with
-as many parameters. Weights and caches have the precision named.
+latents. MHA is ours, with as many parameters. Each makes tokens by its own `generate`, given the cache; transformers'
+model is also stepped through its cache without generate. Weights and caches have the precision named.
 """
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MLA = TransformerConfig(
@@ -28,6 +29,7 @@ MLA = TransformerConfig(
     attention=AttentionConfig(kv_compressed_dim=128, rope_dim=32, nope_dim=32, value_dim=64),
 )
 MHA = replace(MLA, attention=AttentionConfig(), ff_hidden=880)  # as many parameters
+PEERS = ("transformers", "its steps", "mha")
 PREFILLED = 512  # tokens that are really read; longer caches repeat what is stored of them
 
 
@@ -61,15 +63,12 @@ class Ours:
         for layer, stored in zip(self.cache.layers, entries(model, context), strict=True):
             layer.append(*(tensor.expand(batch, -1, -1, -1) for tensor in stored))
 
-    def decode(self, first: Tensor, count: int) -> Tensor:
-        """(B, count) ids that follow the ids `first`, (B, 1); the cache is then as it was."""
-        tokens = [first]
-        for _ in range(count):
-            last = self.model.hidden_states(tokens[-1], self.cache)[:, -1:]
-            tokens.append(self.model.head(last).argmax(-1))
+    def decode(self, prompts: Tensor, count: int) -> Tensor:
+        """(B, count) ids that follow the prompts, (B, context + 1); the cache is then as it was."""
+        tokens = list(generate(self.model, prompts, count, temperature=0, cache=self.cache))
         for layer in self.cache.layers:
             layer.length = self.context
-        return torch.cat(tokens[1:], dim=1)
+        return torch.stack(tokens, dim=1)
 
 
 class Theirs:
@@ -84,9 +83,23 @@ class Theirs:
         for i, (stored,) in enumerate(entries(model, context)):
             self.cache.update(*stored.expand(batch, -1, -1, -1).split(split, dim=-1), i)
 
-    def decode(self, first: Tensor, count: int) -> Tensor:
+    def decode(self, prompts: Tensor, count: int) -> Tensor:
         """As `Ours.decode`."""
-        tokens = [first]
+        tokens = self.model.generate(
+            prompts[:, -1:],  # it would read the whole prompt again, after what the cache holds
+            attention_mask=torch.ones_like(prompts),
+            past_key_values=self.cache,
+            do_sample=False,
+            max_new_tokens=count,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        self.cache.crop(-count)
+        return tokens[:, -count:]
+
+    def step(self, prompts: Tensor, count: int) -> Tensor:
+        """As `decode`, without what transformers' generate adds to the steps of the model."""
+        tokens = [prompts[:, -1:]]
         for _ in range(count):
             out = self.model(tokens[-1], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
             tokens.append(out.logits.argmax(-1))
@@ -115,28 +128,36 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "tokens_per_second": [row["tokens/s"] for row in first],
         "model_flops_utilization": None,
-        "ratios": {peer: [row[f"over {peer}"] for row in first] for peer in ("transformers", "mha")},
+        "ratios": {peer: [row[f"over {peer}"] for row in first] for peer in PEERS},
         "rows": rows,
     }
 
 
 def decoded(precision: str, batch: int, context: int, repeats: int, device: str) -> dict[str, Any]:
     """A row of the table."""
-    count = max(2, min(32, 32768 // context))  # the long caches take long
+    count = max(8, min(32, 2**17 // context))  # the long caches take long
     dtype = PRECISIONS[precision]
     torch.manual_seed(0)
-    mla = Transformer(replace(MLA, seq_len=context + count)).to(device, dtype).eval()
-    mha = Transformer(replace(MHA, seq_len=context + count)).to(device, dtype).eval()
+    mla = Transformer(replace(MLA, seq_len=context + count + 1)).to(device, dtype).eval()
+    mha = Transformer(replace(MHA, seq_len=context + count + 1)).to(device, dtype).eval()
+    ours, theirs, of_mha = (
+        Ours(mla, batch, context, count),
+        Theirs(mla, batch, context),
+        Ours(mha, batch, context, count),
+    )
     contenders = {
-        "ours": Ours(mla, batch, context, count),
-        "transformers": Theirs(mla, batch, context),
-        "mha": Ours(mha, batch, context, count),
+        "ours": ours.decode,
+        "transformers": theirs.decode,
+        "its steps": theirs.step,
+        "mha": of_mha.decode,
     }
-    first = torch.arange(batch, device=device).unsqueeze(1)
-    same = torch.equal(contenders["ours"].decode(first, count), contenders["transformers"].decode(first, count))
+    prompts = torch.arange(batch, device=device).unsqueeze(1).expand(-1, context + 1)  # of which the last id is read
+    same = all(
+        torch.equal(ours.decode(prompts, count), other(prompts, count)) for other in (theirs.decode, theirs.step)
+    )
     turns = {
-        name: lambda who=who: measure.seconds_of(lambda: who.decode(first, count), device)
-        for name, who in contenders.items()
+        name: lambda decode=decode: measure.seconds_of(lambda: decode(prompts, count), device)
+        for name, decode in contenders.items()
     }
     seconds = measure.interleaved(turns, repeats)
     return {
@@ -144,9 +165,8 @@ def decoded(precision: str, batch: int, context: int, repeats: int, device: str)
         "batch": batch,
         "context": context,
         "tokens/s": batch * count / median(seconds["ours"]),
-        "over transformers": measure.median_ratio(seconds["transformers"], seconds["ours"]),
-        "over mha": measure.median_ratio(seconds["mha"], seconds["ours"]),
+        **{f"over {peer}": measure.median_ratio(seconds[peer], seconds["ours"]) for peer in PEERS},
         "same tokens": same,
-        "cache MiB": contenders["ours"].cache.nbytes / 2**20,
-        "mha MiB": contenders["mha"].cache.nbytes / 2**20,
+        "cache MiB": ours.cache.nbytes / 2**20,
+        "mha MiB": of_mha.cache.nbytes / 2**20,
     }

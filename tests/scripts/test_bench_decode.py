@@ -35,7 +35,7 @@ def test_rows_and_ratios(tiny, tmp_path):
         (precision, batch, context) for precision in ("fp32", "bf16") for batch in (2, 1) for context in (5, 600)
     ]
     assert all(row["same tokens"] for row in rows if row["precision"] == "fp32")
-    for peer in ("transformers", "mha"):
+    for peer in ("transformers", "its steps", "mha"):
         assert figures["ratios"][peer] == [row[f"over {peer}"] for row in rows[:2]]
         assert all(row[f"over {peer}"] > 0 for row in rows)
     assert figures["tokens_per_second"] == [row["tokens/s"] for row in rows[:2]]
@@ -56,9 +56,10 @@ def test_their_cache_is_what_they_would_have_stored(tiny):
         torch.testing.assert_close(ours.keys, own.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.values, own.values, rtol=1e-4, atol=1e-4)
     before = [layer.keys for layer in given.cache.layers]
-    first = torch.tensor([[3], [4]])
-    assert torch.equal(given.decode(first, 5), decode.Ours(model, 2, 20, 5).decode(first, 5))
-    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, given.cache.layers, strict=True))
+    prompts = torch.cat((tokens, torch.tensor([[3], [4]])), dim=1)
+    for decoded in (given.decode, given.step):
+        assert torch.equal(decoded(prompts, 5), decode.Ours(model, 2, 20, 5).decode(prompts, 5))
+        assert all(torch.equal(a, layer.keys) for a, layer in zip(before, given.cache.layers, strict=True))
 
 
 def test_mha_has_as_many_parameters():
