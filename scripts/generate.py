@@ -20,7 +20,7 @@ from mla_lm.columns import Column, Screen, printable
 from mla_lm.continuation import Continuation, Decoding, in_turns
 from mla_lm.errors import UserError
 from mla_lm.generate import check_sampling, generate
-from mla_lm.hardware import choose_accelerator, inference_autocast
+from mla_lm.hardware import DTYPES, choose_accelerator, inference_autocast
 from mla_lm.report import human_bytes
 from mla_lm.run import find_run, load_run
 
@@ -103,7 +103,8 @@ class SampledRun:
     """A run, its name, and how it is sampled."""
 
     def __init__(self, path: str, device: str, args: argparse.Namespace):
-        self.run = load_run(path, device)
+        model, tokenizer, config = load_run(path, device)
+        self.run = model.prepare_decoding(DTYPES[config.trainer.precision]), tokenizer, config
         folder, checkpoint = find_run(path)
         name = folder.path.name if Path(path).is_dir() else f"{folder.path.name}/{checkpoint.name}"
         self.name = f"{name} ({self.run[0].config.attention_kind})"

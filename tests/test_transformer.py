@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig, UserError
+from mla_lm.hardware import DTYPES, inference_autocast
 from mla_lm.transformer import Block
 
 KINDS = {
@@ -147,6 +148,22 @@ def test_biases_only_where_asked_for(kind):
 def test_state_dict_is_parameters_alone():
     model = model_of("mla", tie_embeddings=False)
     assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+
+
+@each_kind
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_prepared_for_decoding_it_computes_the_same(kind, precision):
+    """Under autocast to the bit: its weights are rounded once and not at every step."""
+    model, (tokens, _) = model_of(kind, use_bias=True).eval(), tokens_and_targets()
+    prepared = copy.deepcopy(model).prepare_decoding(DTYPES[precision])
+    with torch.no_grad(), inference_autocast("cpu", precision):
+        outs = []
+        for net in (model, prepared):
+            cache = net.new_cache(2, dtype=DTYPES[precision])
+            outs.append(torch.cat([net(part, cache=cache) for part in tokens.split([12, 1, 1, 1, 1], dim=1)], dim=1))
+    rounding = {"rtol": 1e-5, "atol": 1e-6} if precision == "32-true" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(outs[1], outs[0], **rounding)
+    assert torch.equal(prepared.embedding.weight, model.embedding.weight)
 
 
 def test_meta_device_then_loaded_equals_built():

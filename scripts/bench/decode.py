@@ -1,6 +1,7 @@
 """Decoding through the cache, beside transformers and beside our own MHA."""
 
 import argparse
+import copy
 from dataclasses import replace
 from itertools import product
 from statistics import median
@@ -58,7 +59,7 @@ class Ours:
     """One of our models with a filled cache."""
 
     def __init__(self, model: Transformer, batch: int, context: int, room: int):
-        self.model, self.context = model, context
+        self.model, self.context = copy.deepcopy(model).prepare_decoding(model.head.weight.dtype), context
         self.cache = model.new_cache(batch, context + room)
         for layer, stored in zip(self.cache.layers, entries(model, context), strict=True):
             layer.append(*(tensor.expand(batch, -1, -1, -1) for tensor in stored))
