@@ -30,6 +30,7 @@ def generate(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     cache: ModelCache | None = None,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
     """Yield (B,) next ids, one position at a time, until `max_tokens` or the model's seq_len.
 
@@ -46,6 +47,7 @@ def generate(
         generator: on the model's device, for all rows; the global one unless given
         dtype: of the cache, the weights' unless given; see `LayerCache`
         cache: one that holds the first tokens of every prompt, which are not read again; a new one unless given
+        compiled: the steps of one token run compiled, for a quarter to a minute of waiting at the first of them
 
     Yields:
         (B,) ids; NOTHING (-1) for a row whose prompt still goes on, or that has had its max_tokens
@@ -69,9 +71,10 @@ def generate(
     if cache.length >= shortest:
         raise UserError(f"the cache holds {cache.length} tokens, and a prompt has {shortest}: nothing is left to read")
     tokens = given[:, cache.length : shortest]
+    step = torch.compile(model.hidden_states, dynamic=True) if compiled else model.hidden_states
     for position in range(shortest, end):
         for chunk in tokens.split(PREFILL, dim=1):
-            hidden = model.hidden_states(chunk, cache)
+            hidden = (step if chunk.size(1) == 1 else model.hidden_states)(chunk, cache)
         logits = model.head(hidden[:, -1]).float()  # of a whole prompt, only the last position needs them
         logits = penalize(logits, seen, repetition_penalty)
         picked = pick(logits, temperature, top_k, top_p, min_p, generator)

@@ -61,6 +61,9 @@ def parse() -> argparse.Namespace:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
     parser.add_argument("--cache", choices=CACHE_DTYPES, help="what the KV cache keeps (default: the run's precision)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the steps first: pays from some ten thousand tokens on"
+    )
     return parser.parse_args()
 
 
@@ -72,6 +75,7 @@ def main() -> None:
     continue_prompts = show_text
     if args.versus is not None:
         continue_prompts = show_columns
+    if args.versus is not None or args.compile:
         for run in runs:
             run.warm_up()
     if args.prompt is not None or args.prompt_file is not None or not sys.stdin.isatty():
@@ -109,6 +113,7 @@ class SampledRun:
         name = folder.path.name if Path(path).is_dir() else f"{folder.path.name}/{checkpoint.name}"
         self.name = f"{name} ({self.run[0].config.attention_kind})"
         self.options = {"max_tokens": args.max_tokens, "stops": args.stop, **sampling_of(args)}
+        self.options["compiled"] = args.compile
         self.options["cache_dtype"] = CACHE_DTYPES.get(args.cache)
         self.generator = torch.Generator(device).manual_seed(args.seed)
 
@@ -116,10 +121,11 @@ class SampledRun:
         return Decoding(self.run, prompts, generator=self.generator, **self.options)
 
     def warm_up(self) -> None:
-        """Load what is loaded at first use, so that the run which comes first is not timed with it."""
+        """Load and compile what is loaded and compiled at first use, so that no text is timed with it."""
         model, _, config = self.run
+        prompt = torch.zeros(1, 1, dtype=torch.long, device=self.generator.device)
         with inference_autocast(self.generator.device.type, config.trainer.precision):
-            list(generate(model, torch.zeros(1, 1, dtype=torch.long, device=self.generator.device), max_tokens=2))
+            list(generate(model, prompt, max_tokens=2, compiled=self.options["compiled"]))
 
 
 def show_text(prompts: list[str], run: SampledRun) -> None:

@@ -65,6 +65,33 @@ def test_goes_on_from_a_filled_cache(kind):
     assert torch.equal(sample(model, prompts, 10, temperature=0, cache=cache), expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_a_step_is_one_graph_and_not_one_for_each_length(kind, dtype):
+    """So that compiling it pays; here it is captured and not compiled, which takes long."""
+    model, tokens = model_of(kind), torch.randint(61, (2, 20))
+    captured = []
+    capture = torch.compile(
+        model.hidden_states, dynamic=True, fullgraph=True, backend=lambda graph, _: captured.append(graph) or graph
+    )
+    caches = [model.new_cache(2, 21, dtype) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model.hidden_states(tokens[:, :5], cache)
+        for token in tokens[:, 5:].split(1, dim=1):
+            torch.testing.assert_close(capture(token, caches[0]), model.hidden_states(token, caches[1]))
+    assert len(captured) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mla", "mha"])
+def test_compiled_it_gives_the_same(kind):
+    model, prompts = model_of(kind), torch.randint(61, (2, 7))
+    assert torch.equal(
+        sample(model, prompts, 15, temperature=0, compiled=True), sample(model, prompts, 15, temperature=0)
+    )
+
+
 def test_refuses_a_cache_that_holds_the_whole_prompt():
     model, prompts = model_of("mla"), torch.randint(61, (2, 7))
     cache = model.new_cache(2)

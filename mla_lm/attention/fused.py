@@ -85,7 +85,7 @@ def _all_keys(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[tuple[Tenso
     The kernel has a thread for each head of each sequence. Where threads would be left over, keys are cut among them.
     """
     B, heads, keys, _ = k.shape
-    cuts = min(torch.get_num_threads() // (B * heads), keys // LEAST_KEYS)
+    cuts = min(_threads() // (B * heads), keys // LEAST_KEYS)
     if cuts < 2 or B > 1 < heads:
         return [_flash(q, k, v, scale=scale)]
     length = keys // cuts
@@ -96,6 +96,11 @@ def _all_keys(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[tuple[Tenso
     if cuts * length < keys:
         pieces.append(_flash(q, k[:, :, cuts * length :], v[:, :, cuts * length :], scale=scale))
     return pieces if B > 1 else [(out.transpose(0, 1), divisor.transpose(0, 1)) for out, divisor in pieces]
+
+
+@torch.compiler.assume_constant_result  # a compiled step would be cut here
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 # (B, H, T, D), and the logarithm of what the softmax was divided by, (B, H, T)

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", **numbers, default=[1024, 8192, 32768], help="cached tokens: 1024,8192,32768")
     parser.add_argument("--batch", **numbers, default=[1, 8], help="sequences at once: 1,8")
     parser.add_argument("--precision", type=several(precision), default=list(PRECISIONS), help="fp32,bf16")
+    parser.add_argument("--compile", action="store_true", help="the steps of our models")
     measure.add_repeats(parser)
     measure.add_device(parser)
 
@@ -58,15 +59,16 @@ def precision(text: str) -> str:
 class Ours:
     """One of our models with a filled cache."""
 
-    def __init__(self, model: Transformer, batch: int, context: int, room: int):
+    def __init__(self, model: Transformer, batch: int, context: int, room: int, compiled: bool = False):
         self.model, self.context = copy.deepcopy(model).prepare_decoding(model.head.weight.dtype), context
+        self.compiled = compiled
         self.cache = model.new_cache(batch, context + room)
         for layer, stored in zip(self.cache.layers, entries(model, context), strict=True):
             layer.append(*(tensor.expand(batch, -1, -1, -1) for tensor in stored))
 
     def decode(self, prompts: Tensor, count: int) -> Tensor:
         """(B, count) ids that follow the prompts, (B, context + 1); the cache is then as it was."""
-        tokens = list(generate(self.model, prompts, count, temperature=0, cache=self.cache))
+        tokens = list(generate(self.model, prompts, count, temperature=0, cache=self.cache, compiled=self.compiled))
         for layer in self.cache.layers:
             layer.length = self.context
         return torch.stack(tokens, dim=1)
@@ -122,7 +124,7 @@ def entries(model: Transformer, context: int) -> list[list[Tensor]]:
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     device = measure.device_of(args)
     rows = [
-        decoded(name, batch, context, args.repeats, device)
+        decoded(name, batch, context, args.repeats, device, args.compile)
         for name, batch, context in product(args.precision, args.batch, args.context)
     ]
     first = [row for row in rows if (row["precision"], row["batch"]) == (args.precision[0], args.batch[0])]
@@ -134,7 +136,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def decoded(precision: str, batch: int, context: int, repeats: int, device: str) -> dict[str, Any]:
+def decoded(precision: str, batch: int, context: int, repeats: int, device: str, compiled: bool) -> dict[str, Any]:
     """A row of the table."""
     count = max(8, min(32, 2**17 // context))  # the long caches take long
     dtype = PRECISIONS[precision]
@@ -144,7 +146,7 @@ def decoded(precision: str, batch: int, context: int, repeats: int, device: str)
     ours, theirs, of_mha = (
         Ours(mla, batch, context, count),
         Theirs(mla, batch, context),
-        Ours(mha, batch, context, count),
+        Ours(mha, batch, context, count, compiled),
     )
     contenders = {
         "ours": ours.decode,
@@ -152,6 +154,7 @@ def decoded(precision: str, batch: int, context: int, repeats: int, device: str)
         "its steps": theirs.step,
         "mha": of_mha.decode,
     }
+    torch.compiler.reset()  # torch compiles a function anew for a few models only
     prompts = torch.arange(batch, device=device).unsqueeze(1).expand(-1, context + 1)  # of which the last id is read
     same = all(
         torch.equal(ours.decode(prompts, count), other(prompts, count)) for other in (theirs.decode, theirs.step)
