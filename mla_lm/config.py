@@ -24,7 +24,7 @@ KV_CACHE_DTYPES = (None, "int8")
 class TrainerConfig:
     """How long and on what; the names are those of lightning.Trainer."""
 
-    max_steps: int = 2000  # optimizer steps
+    max_steps: int = 3600  # optimizer steps
     accelerator: str = "auto"  # auto | cpu | gpu | mps
     devices: int = 1
     num_nodes: int = 1
@@ -157,6 +157,7 @@ INCIDENTAL = (
     "micro_batch_tokens",
     "val_every_n_steps",
     "log_every_n_steps",
+    "kv_cache_dtype",
     "loss_by_position",
     "tags",
     "checkpoint",

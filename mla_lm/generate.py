@@ -46,8 +46,9 @@ def generate(
         top_k, top_p, min_p, repetition_penalty: see `token_weights` and `penalize`; all off by default
         generator: on the model's device, for all rows; the global one unless given
         dtype: of the cache, the weights' unless given; see `LayerCache`
-        cache: one that holds the first tokens of every prompt, which are not read again; a new one unless given
-        compiled: the steps of one token run compiled, for a quarter to a minute of waiting at the first of them
+        cache: one that holds the first tokens of every prompt, which are not read again, and takes the others; a new
+            one, of `dtype`, unless given
+        compiled: the steps of one token run compiled, which takes 15 to 60 seconds at the first of them
 
     Yields:
         (B,) ids; NOTHING (-1) for a row whose prompt still goes on, or that has had its max_tokens
@@ -55,7 +56,7 @@ def generate(
     Raises (at the first id that is asked for):
         UserError (a ValueError): a prompt is longer than the model's seq_len, the cache holds the whole of one, or
             `check_sampling` refuses an option.
-        ValueError: the cache has no room for the rest of a prompt and what follows it.
+        ValueError, once the cache given has no room left.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts, seq_len = list(prompts), model.config.seq_len

@@ -65,7 +65,7 @@ def choose_compile(
         document_mask: attention takes the documents of each batch apart, which have other lengths every time
 
     Raises:
-        UserError: it is wanted together with document_mask.
+        UserError: it is wanted together with document_mask, or without a C++ compiler.
     """
     if document_mask and wanted:
         raise UserError(
@@ -75,16 +75,29 @@ def choose_compile(
     if document_mask:
         return False, "documents have other lengths in every batch"
     estimated_seconds = seconds_at_peak / UTILIZATION
+    if wanted:
+        check_compiler(device, "compile=true")
     if wanted is not None:
         return wanted, "as asked"
     if device not in COMPILE_SECONDS:
         return False, "not tried on this device"
-    if device == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
+    if not has_compiler(device):
         return False, "no C++ compiler"
     cost = COMPILE_SECONDS[device]
     if estimated_seconds < COMPILE_WORTH[device] * cost:
         return False, f"compiling takes about {cost:.0f} s, the run about {estimated_seconds:.0f} s"
     return True, f"the run takes about {estimated_seconds / 60:.0f} minutes"
+
+
+def has_compiler(device: str) -> bool:
+    """Whether torch finds what it compiles with; only code for a CPU is C++."""
+    return device != "cpu" or any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+def check_compiler(device: str, option: str) -> None:
+    """Raises UserError where the option asks for compiling and there is nothing to do it with."""
+    if not has_compiler(device):
+        raise UserError(f"{option} needs a C++ compiler, g++ or clang++, and there is none on the path: leave it out")
 
 
 def matmul_flops_per_second(device: str, precision: str) -> float:

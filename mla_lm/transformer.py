@@ -202,17 +202,18 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prepare_decoding(self, dtype: torch.dtype) -> "Transformer":
-        """Keep the weights of matrix products as decoding reads them; for inference only.
+        """Keep the weights of matrix products as decoding reads them; for inference only. Returns this same model.
 
         They are in `dtype` from here on, as autocast would make them anew at every step. On a CPU in fp32, the product
-        of one token reads a weight with more rows than columns twice as fast along its columns.
+        of one token reads a weight with more rows than columns twice as fast along its columns. In both cases a head
+        that was the embedding too is a matrix of its own afterwards.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 weight = module.weight.to(dtype)
                 if weight.device.type == "cpu" and dtype == torch.float32 and weight.size(0) > weight.size(1):
                     weight = weight.t().contiguous().t()
-                module.weight = nn.Parameter(weight, requires_grad=False)  # the head's is no longer the embedding's
+                module.weight = nn.Parameter(weight, requires_grad=False)
                 if module.bias is not None:
                     module.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
         return self

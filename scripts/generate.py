@@ -20,7 +20,7 @@ from mla_lm.columns import Column, Screen, printable
 from mla_lm.continuation import Continuation, Decoding, in_turns
 from mla_lm.errors import UserError
 from mla_lm.generate import check_sampling, generate
-from mla_lm.hardware import DTYPES, choose_accelerator, inference_autocast
+from mla_lm.hardware import DTYPES, check_compiler, choose_accelerator, inference_autocast
 from mla_lm.report import human_bytes
 from mla_lm.run import find_run, load_run
 
@@ -69,17 +69,17 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    check(args)
     device, _ = choose_accelerator("auto")
+    check(args, device)
+    given = args.prompt is not None or args.prompt_file is not None or not sys.stdin.isatty()
+    prompts = read_prompts(args) if given else []
     runs = [SampledRun(path, device, args) for path in (args.run, args.versus) if path is not None]
-    continue_prompts = show_text
-    if args.versus is not None:
-        continue_prompts = show_columns
+    continue_prompts = show_text if args.versus is None else show_columns
     if args.versus is not None or args.compile:
         for run in runs:
-            run.warm_up()
-    if args.prompt is not None or args.prompt_file is not None or not sys.stdin.isatty():
-        continue_prompts(read_prompts(args), *runs)
+            run.warm_up(1 if args.versus is not None else max(1, len(prompts)))
+    if given:
+        continue_prompts(prompts, *runs)
         return
     for line in typed_lines():
         try:
@@ -88,8 +88,10 @@ def main() -> None:
             cli.report(error)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, device: str) -> None:
     """Raises UserError for an option that cannot be, before anything is loaded."""
+    if args.compile:
+        check_compiler(device, "--compile")
     check_sampling(**sampling_of(args))
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens {args.max_tokens} must be at least 1")
@@ -120,12 +122,14 @@ class SampledRun:
     def begin(self, prompts: list[str]) -> Decoding:
         return Decoding(self.run, prompts, generator=self.generator, **self.options)
 
-    def warm_up(self) -> None:
-        """Load and compile what is loaded and compiled at first use, so that no text is timed with it."""
+    def warm_up(self, batch: int) -> None:
+        """Load and compile what so many prompts at once need at first, so that no text is timed with it."""
         model, _, config = self.run
-        prompt = torch.zeros(1, 1, dtype=torch.long, device=self.generator.device)
-        with inference_autocast(self.generator.device.type, config.trainer.precision):
-            list(generate(model, prompt, max_tokens=2, compiled=self.options["compiled"]))
+        precision = config.trainer.precision
+        prompts = torch.zeros(batch, 2, dtype=torch.long, device=self.generator.device)
+        dtype = self.options["cache_dtype"] or DTYPES[precision]
+        with inference_autocast(self.generator.device.type, precision):
+            list(generate(model, prompts, max_tokens=3, dtype=dtype, compiled=self.options["compiled"]))
 
 
 def show_text(prompts: list[str], run: SampledRun) -> None:

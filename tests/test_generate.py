@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -87,9 +88,11 @@ def test_a_step_is_one_graph_and_not_one_for_each_length(kind, dtype):
 @pytest.mark.parametrize("kind", ["mla", "mha"])
 def test_compiled_it_gives_the_same(kind):
     model, prompts = model_of(kind), torch.randint(61, (2, 7))
-    assert torch.equal(
-        sample(model, prompts, 15, temperature=0, compiled=True), sample(model, prompts, 15, temperature=0)
-    )
+    torch.compiler.reset()
+    counters.clear()
+    compiled = sample(model, prompts, 15, temperature=0, compiled=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(compiled, sample(model, prompts, 15, temperature=0))
 
 
 def test_refuses_a_cache_that_holds_the_whole_prompt():

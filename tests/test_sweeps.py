@@ -102,12 +102,12 @@ def test_latent(train, tmp_path):
     sizes = set()
     for row in table:
         config = yaml.safe_load((tmp_path / "sweep" / row["run"] / "config.yaml").read_text())["model"]["attention"]
-        assert config["nope_dim"] + config["rope_dim"] == config["value_dim"] == 64
+        assert config["nope_dim"] + config["rope_dim"] == config["value_dim"] == 48
         sizes.add((config["kv_compressed_dim"], config["rope_dim"]))
         assert int(row["cache B/token"]) == 4 * (config["kv_compressed_dim"] + config["rope_dim"])
-    assert sizes == {(20, 16), (20, 24), (20, 32)}
+    assert sizes == {(20, 8), (20, 16), (20, 24)}
     preset = yaml.safe_load((ROOT / "conf" / "sweep" / "latent.yaml").read_text())
-    assert preset["hydra"]["sweeper"]["params"]["model.attention.kv_compressed_dim"] == "40,80,160"
+    assert preset["hydra"]["sweeper"]["params"]["model.attention.kv_compressed_dim"] == "32,64,128"
 
 
 def interrupt_after(rows: int, metrics: Path) -> threading.Thread:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 MOST_PLAIN_KEYS = 512  # in bf16 on a CPU: products and a softmax take less time than the fused kernel up to here
-LEAST_KEYS = 1024  # for each thread: cutting fewer keys among threads costs more than it gains
+LEAST_KEYS = 2048  # cutting fewer among threads costs more than it gains
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -85,8 +85,8 @@ def _all_keys(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[tuple[Tenso
     The kernel has a thread for each head of each sequence. Where threads would be left over, keys are cut among them.
     """
     B, heads, keys, _ = k.shape
-    cuts = min(_threads() // (B * heads), keys // LEAST_KEYS)
-    if cuts < 2 or B > 1 < heads:
+    cuts = _threads() // (B * heads)
+    if cuts < 2 or keys < LEAST_KEYS or B > 1 < heads:
         return [_flash(q, k, v, scale=scale)]
     length = keys // cuts
     q, k, v = (t if B > 1 else t.transpose(0, 1) for t in (q, k, v))  # heads are now in dimension 0, and 1 is free

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mla_lm import AttentionConfig, Transformer, cli
 from mla_lm.flops import model_size
@@ -35,12 +36,21 @@ def test_rows_and_ratios(tiny, tmp_path):
         (precision, batch, context) for precision in ("fp32", "bf16") for batch in (2, 1) for context in (5, 600)
     ]
     assert all(row["same tokens"] for row in rows if row["precision"] == "fp32")
-    for peer in ("transformers", "its steps", "mha"):
+    for peer in ("transformers", "mha"):
         assert figures["ratios"][peer] == [row[f"over {peer}"] for row in rows[:2]]
-        assert all(row[f"over {peer}"] > 0 for row in rows)
+    assert all(row[f"over {peer}"] > 0 for row in rows for peer in decode.PEERS)
     assert figures["tokens_per_second"] == [row["tokens/s"] for row in rows[:2]]
     assert rows[3]["cache MiB"] == rows[1]["cache MiB"] / 2  # one sequence, not two
     assert "over transformers" in result.stdout
+
+
+@pytest.mark.slow
+def test_compiled_it_makes_the_same_tokens(tiny, tmp_path):
+    counters.clear()
+    sizes = ("--context", "5", "--batch", "1", "--precision", "fp32", "--repeats", "1")
+    succeeded(call(tmp_path, *sizes, "--compile", "--json", "out.json"))
+    assert counters["stats"]["unique_graphs"] == 2  # ours and MHA
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["same tokens"]
 
 
 @torch.no_grad()
