@@ -71,6 +71,7 @@ def test_goes_on_from_a_filled_cache(kind):
 def test_a_step_is_one_graph_and_not_one_for_each_length(kind, dtype):
     """So that compiling it pays; here it is captured and not compiled, which takes long."""
     model, tokens = model_of(kind), torch.randint(61, (2, 20))
+    torch.compiler.reset()  # torch compiles a function anew for a few models only
     captured = []
     capture = torch.compile(
         model.hidden_states, dynamic=True, fullgraph=True, backend=lambda graph, _: captured.append(graph) or graph

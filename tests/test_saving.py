@@ -3,6 +3,9 @@
 import copy
 import os
 import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -16,7 +19,7 @@ from mla_lm.config import TrainConfig
 from mla_lm.errors import UserError
 from mla_lm.run import RunFolder
 from mla_lm.saving import BackgroundCheckpointIO, Checkpoints
-from tests.conftest import refused
+from tests.conftest import ROOT, refused
 
 
 def assert_equal(a, b) -> None:
@@ -113,6 +116,27 @@ def test_an_error_is_raised_by_the_next_call_once(tmp_path, call):
     io.save_checkpoint(state, later)
     io.wait()
     assert later.exists()
+
+
+KILLED = """
+import os, signal, sys, torch
+from mla_lm.saving import BackgroundCheckpointIO
+
+path, io = sys.argv[1], BackgroundCheckpointIO()
+io.save_checkpoint({"state_dict": {"w": torch.zeros(3)}}, path)
+io.wait()
+io.save_checkpoint({"state_dict": {"w": torch.ones(100_000_000)}}, path)
+while not any(os.path.getsize(f.path) > 2**20 for f in os.scandir(os.path.dirname(path))):
+    pass
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_while_it_writes_the_file_is_the_one_before(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "last.ckpt")], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert any(file.stat().st_size > 2**20 for file in tmp_path.iterdir())  # it was writing
+    assert torch.equal(load_checkpoint(tmp_path / "last.ckpt")["state_dict"]["w"], torch.zeros(3))
 
 
 class Counter(L.LightningModule):

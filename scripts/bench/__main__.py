@@ -10,13 +10,14 @@ from pathlib import Path
 
 from mla_lm import cli
 from mla_lm.checkpoint import write_atomically
-from scripts.bench import checkpoint, decode, loader, shakespeare, start, train
+from scripts.bench import checkpoint, crossover, decode, loader, shakespeare, start, train
 from scripts.bench.measure import setup
 from scripts.compare import markdown
 
 COMMANDS = {
     "train": train,
     "decode": decode,
+    "crossover": crossover,
     "loader": loader,
     "start": start,
     "checkpoint": checkpoint,
