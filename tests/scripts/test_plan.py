@@ -166,7 +166,7 @@ def test_vocabulary(tmp_path):
         (["model.num_layers=many"], ("model.num_layers=many", "Integer")),
         (["model.num_layers=0"], ("model.num_layers=0 must be at least 1",)),
         (["model.seq_len=0"], ("model.seq_len=0 must be at least 1",)),
-        (["model.num_heads=7"], ("d_model=256", "num_heads=7")),
+        (["model.num_heads=7"], ("d_model=192", "num_heads=7")),
         (["trainer.devices=0"], ("trainer.devices=0",)),
         (["trainer.precision=8-bit"], ("trainer.precision=8-bit", "bf16-mixed")),
         (["tokens_per_step=0"], ("tokens_per_step=0",)),
