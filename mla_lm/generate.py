@@ -48,7 +48,7 @@ def generate(
         dtype: of the cache, the weights' unless given; see `LayerCache`
         cache: one that holds the first tokens of every prompt, which are not read again, and takes the others; a new
             one, of `dtype`, unless given
-        compiled: the steps of one token run compiled, which takes 15 to 60 seconds at the first of them
+        compiled: the steps of one token run compiled, which takes up to a minute at the first of them
 
     Yields:
         (B,) ids; NOTHING (-1) for a row whose prompt still goes on, or that has had its max_tokens
@@ -56,7 +56,7 @@ def generate(
     Raises (at the first id that is asked for):
         UserError (a ValueError): a prompt is longer than the model's seq_len, the cache holds the whole of one, or
             `check_sampling` refuses an option.
-        ValueError, once the cache given has no room left.
+        ValueError: the cache has no room; raised by the step that needs it.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts, seq_len = list(prompts), model.config.seq_len

@@ -1,5 +1,6 @@
 """What the machine offers: device, precision, whether compiling pays, and how fast its matrix products are."""
 
+import os
 import resource
 import shutil
 import sys
@@ -74,7 +75,6 @@ def choose_compile(
         )
     if document_mask:
         return False, "documents have other lengths in every batch"
-    estimated_seconds = seconds_at_peak / UTILIZATION
     if wanted:
         check_compiler(device, "compile=true")
     if wanted is not None:
@@ -83,21 +83,28 @@ def choose_compile(
         return False, "not tried on this device"
     if not has_compiler(device):
         return False, "no C++ compiler"
-    cost = COMPILE_SECONDS[device]
+    cost, estimated_seconds = COMPILE_SECONDS[device], seconds_at_peak / UTILIZATION
     if estimated_seconds < COMPILE_WORTH[device] * cost:
         return False, f"compiling takes about {cost:.0f} s, the run about {estimated_seconds:.0f} s"
     return True, f"the run takes about {estimated_seconds / 60:.0f} minutes"
 
 
+def cpp_compiler() -> str:
+    """The program that torch compiles C++ with, be it there or not."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
 def has_compiler(device: str) -> bool:
     """Whether torch finds what it compiles with; only code for a CPU is C++."""
-    return device != "cpu" or any(shutil.which(name) for name in ("g++", "clang++"))
+    return device != "cpu" or shutil.which(cpp_compiler()) is not None
 
 
 def check_compiler(device: str, option: str) -> None:
     """Raises UserError where the option asks for compiling and there is nothing to do it with."""
     if not has_compiler(device):
-        raise UserError(f"{option} needs a C++ compiler, g++ or clang++, and there is none on the path: leave it out")
+        raise UserError(
+            f"{option} needs a C++ compiler, and {cpp_compiler()} is not there: leave it out, or name one by CXX="
+        )
 
 
 def matmul_flops_per_second(device: str, precision: str) -> float:

@@ -52,6 +52,11 @@ def test_mistake(train, tmp_path, overrides, words):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_compiling_without_a_compiler(train, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(train("compile=true"), "compile=true", "no-such-compiler", "CXX=")
+
+
 def test_files_of_others_are_left_alone(train, tmp_path):
     (tmp_path / "tokenizer.json").write_text("mine")
     refused(train("hydra.run.dir=."), "tokenizer.json")

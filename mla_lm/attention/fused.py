@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 MOST_PLAIN_KEYS = 512  # in bf16 on a CPU: products and a softmax take less time than the fused kernel up to here
-LEAST_KEYS = 2048  # cutting fewer among threads costs more than it gains
+LEAST_KEYS = 2048  # cutting fewer among two threads costs more than it gains
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -22,16 +22,8 @@ MOST_QUERIES = 2**LAST
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--context",
-        type=decode.several(measure.at_least_one),
-        metavar="N[,N]",
-        default=[1024, 8192],
-        help="cached tokens: 1024,8192",
-    )
-    parser.add_argument(
-        "--precision", type=decode.several(decode.precision), default=["fp32", "bf16"], help="fp32,bf16"
-    )
+    decode.add_numbers(parser, "--context", [1024, 8192], "cached tokens")
+    decode.add_precision(parser)
     measure.add_repeats(parser)
     measure.add_device(parser)
 

@@ -35,13 +35,23 @@ PREFILLED = 512  # tokens that are really read; longer caches repeat what is sto
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    numbers = {"type": several(measure.at_least_one), "metavar": "N[,N]"}
-    parser.add_argument("--context", **numbers, default=[1024, 8192, 32768], help="cached tokens: 1024,8192,32768")
-    parser.add_argument("--batch", **numbers, default=[1, 8], help="sequences at once: 1,8")
-    parser.add_argument("--precision", type=several(precision), default=list(PRECISIONS), help="fp32,bf16")
+    add_numbers(parser, "--context", [1024, 8192, 32768], "cached tokens")
+    add_numbers(parser, "--batch", [1, 8], "sequences at once")
     parser.add_argument("--compile", action="store_true", help="compile the steps of our models")
+    add_precision(parser)
     measure.add_repeats(parser)
     measure.add_device(parser)
+
+
+def add_numbers(parser: argparse.ArgumentParser, option: str, default: list[int], meaning: str) -> None:
+    """An option that takes whole numbers with commas between them."""
+    shown = f"{meaning}: {','.join(map(str, default))}"
+    parser.add_argument(option, type=several(measure.at_least_one), metavar="N[,N]", default=default, help=shown)
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """The option --precision."""
+    parser.add_argument("--precision", type=several(precision), default=list(PRECISIONS), help="fp32,bf16")
 
 
 def several(kind):
@@ -156,9 +166,8 @@ def decoded(precision: str, batch: int, context: int, repeats: int, device: str,
     }
     torch.compiler.reset()  # torch compiles a function anew for a few models only
     prompts = torch.arange(batch, device=device).unsqueeze(1).expand(-1, context + 1)  # of which the last id is read
-    same = all(
-        torch.equal(ours.decode(prompts, count), other(prompts, count)) for other in (theirs.decode, theirs.step)
-    )
+    tokens = ours.decode(prompts, count)
+    same = all(torch.equal(tokens, other(prompts, count)) for other in (theirs.decode, theirs.step))
     turns = {
         name: lambda decode=decode: measure.seconds_of(lambda: decode(prompts, count), device)
         for name, decode in contenders.items()

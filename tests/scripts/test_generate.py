@@ -227,6 +227,11 @@ def test_mistakes(folder):
     refused(call(folder, "mla", "--prompt-file", "latin.txt"), "cannot be read")
 
 
+def test_compiling_without_a_compiler(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(call(folder, "mla", "--compile", "--prompt", "x"), "--compile", "no-such-compiler", "CXX=")
+
+
 def test_a_prompt_longer_than_the_context(folder):
     refused(
         call(folder, "mla", "--prompt", "x", "--prompt", "word " * 100), "has", "tokens, the model reads 32: shorten"
