@@ -72,11 +72,15 @@ def generate(
     if cache.length >= shortest:
         raise UserError(f"the cache holds {cache.length} tokens, and a prompt has {shortest}: nothing is left to read")
     tokens = given[:, cache.length : shortest]
-    step = torch.compile(model.hidden_states, dynamic=True) if compiled else model.hidden_states
+
+    def read(tokens: Tensor) -> Tensor:
+        """(B, V) fp32 logits of what follows the tokens: of a whole prompt, only the last position needs them."""
+        return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
+
+    step = torch.compile(read, dynamic=True) if compiled else read
     for position in range(shortest, end):
         for chunk in tokens.split(PREFILL, dim=1):
-            hidden = (step if chunk.size(1) == 1 else model.hidden_states)(chunk, cache)
-        logits = model.head(hidden[:, -1]).float()  # of a whole prompt, only the last position needs them
+            logits = (step if chunk.size(1) == 1 else read)(chunk)
         logits = penalize(logits, seen, repetition_penalty)
         picked = pick(logits, temperature, top_k, top_p, min_p, generator)
         next_ids = torch.where(given[:, position] == NOTHING, picked, given[:, position])

@@ -12,6 +12,7 @@ from mla_lm.attention.cache import ModelCache
 from mla_lm.attention.documents import Documents
 from mla_lm.attention.rope import YarnConfig
 from mla_lm.errors import UserError
+from mla_lm.linear import Linear
 from mla_lm.loss import linear_cross_entropy
 
 
@@ -107,9 +108,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.ff_hidden, bias=config.use_bias)
-        self.up_proj = nn.Linear(config.d_model, config.ff_hidden, bias=config.use_bias)
-        self.down_proj = nn.Linear(config.ff_hidden, config.d_model, bias=config.use_bias)
+        self.gate_proj = Linear(config.d_model, config.ff_hidden, bias=config.use_bias)
+        self.up_proj = Linear(config.d_model, config.ff_hidden, bias=config.use_bias)
+        self.down_proj = Linear(config.ff_hidden, config.d_model, bias=config.use_bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,14 +149,14 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal with deviation 0.02; what writes to the residual stream is scaled by its depth (GPT-2's recipe)."""
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
@@ -201,17 +202,18 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     @torch.no_grad()
-    def prepare_decoding(self, dtype: torch.dtype) -> "Transformer":
+    def prepare_decoding(self, dtype: torch.dtype, compiled: bool = False) -> "Transformer":
         """Keep the weights of matrix products as decoding reads them; for inference only. Returns this same model.
 
-        They are in `dtype` from here on, as autocast would make them anew at every step. On a CPU in fp32, the product
-        of one token reads a weight with more rows than columns twice as fast along its columns. In both cases a head
-        that was the embedding too is a matrix of its own afterwards.
+        They are in `dtype` from here on, as autocast would make them anew at every step. On a CPU in fp32 a library's
+        product of one token reads a weight with more rows than columns faster along its columns; a compiled step
+        (see `Linear`) does not. In both cases a head that was the embedding too is a matrix of its own afterwards.
         """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Linear):
                 weight = module.weight.to(dtype)
-                if weight.device.type == "cpu" and dtype == torch.float32 and weight.size(0) > weight.size(1):
+                by_library = weight.device.type == "cpu" and dtype == torch.float32 and not compiled
+                if by_library and weight.size(0) > weight.size(1):
                     weight = weight.t().contiguous().t()
                 module.weight = nn.Parameter(weight, requires_grad=False)
                 if module.bias is not None:

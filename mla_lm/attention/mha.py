@@ -10,6 +10,7 @@ from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 from mla_lm.attention.sizes import check_positive
 from mla_lm.errors import UserError
+from mla_lm.linear import Linear
 
 
 @dataclass
@@ -51,10 +52,10 @@ class MHA(nn.Module):
         self.head_dim = c.d_model // c.num_heads
         self.scale = self.head_dim**-0.5 * c.yarn.score_scale
         kv_dim = c.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(c.d_model, c.d_model, bias=c.use_bias)
-        self.k_proj = nn.Linear(c.d_model, kv_dim, bias=c.use_bias)
-        self.v_proj = nn.Linear(c.d_model, kv_dim, bias=c.use_bias)
-        self.out_proj = nn.Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.q_proj = Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.k_proj = Linear(c.d_model, kv_dim, bias=c.use_bias)
+        self.v_proj = Linear(c.d_model, kv_dim, bias=c.use_bias)
+        self.out_proj = Linear(c.d_model, c.d_model, bias=c.use_bias)
         self.rope = RotaryEmbedding(self.head_dim, c.seq_len, c.rope_base, c.yarn)
         self.dropout = nn.Dropout(c.dropout)
 

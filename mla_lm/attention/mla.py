@@ -11,6 +11,7 @@ from mla_lm.attention.fused import causal_attention
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 from mla_lm.attention.sizes import check_positive
 from mla_lm.errors import UserError
+from mla_lm.linear import Linear
 
 
 @dataclass
@@ -83,17 +84,17 @@ class MLA(nn.Module):
         self.qk_dim = c.nope_dim + c.rope_dim
         self.scale = self.qk_dim**-0.5 * c.yarn.score_scale
         if c.q_compressed_dim is None:
-            self.q_proj = nn.Linear(c.d_model, c.num_heads * self.qk_dim, bias=c.use_bias)
+            self.q_proj = Linear(c.d_model, c.num_heads * self.qk_dim, bias=c.use_bias)
         else:
-            self.q_down = nn.Linear(c.d_model, c.q_compressed_dim, bias=c.use_bias)  # W^DQ, eq. 12
+            self.q_down = Linear(c.d_model, c.q_compressed_dim, bias=c.use_bias)  # W^DQ, eq. 12
             self.q_norm = LatentNorm(c.q_compressed_dim, eps=1e-6)
-            self.q_up = nn.Linear(c.q_compressed_dim, c.num_heads * self.qk_dim, bias=c.use_bias)  # W^UQ, W^QR
-        self.kv_down = nn.Linear(c.d_model, c.kv_compressed_dim + c.rope_dim, bias=c.use_bias)  # W^DKV, W^KR
+            self.q_up = Linear(c.q_compressed_dim, c.num_heads * self.qk_dim, bias=c.use_bias)  # W^UQ, W^QR
+        self.kv_down = Linear(c.d_model, c.kv_compressed_dim + c.rope_dim, bias=c.use_bias)  # W^DKV, W^KR
         self.kv_norm = LatentNorm(c.kv_compressed_dim, eps=1e-6) if c.latent_norm else nn.Identity()
         # W^UK and W^UV never have a bias: in a key, it adds the same to all scores of a query, which softmax cancels;
         # in a value, it adds a constant to the output, which out_proj's bias already does.
-        self.kv_up = nn.Linear(c.kv_compressed_dim, c.num_heads * (c.nope_dim + c.value_dim), bias=False)
-        self.out_proj = nn.Linear(c.num_heads * c.value_dim, c.d_model, bias=c.use_bias)  # W^O, eq. 19
+        self.kv_up = Linear(c.kv_compressed_dim, c.num_heads * (c.nope_dim + c.value_dim), bias=False)
+        self.out_proj = Linear(c.num_heads * c.value_dim, c.d_model, bias=c.use_bias)  # W^O, eq. 19
         self.rope = RotaryEmbedding(c.rope_dim, c.seq_len, c.rope_base, c.yarn, c.rope_frequencies)
         self.dropout = nn.Dropout(c.dropout)
 

@@ -70,8 +70,8 @@ class Ours:
     """One of our models with a filled cache."""
 
     def __init__(self, model: Transformer, batch: int, context: int, room: int, compiled: bool = False):
-        self.model, self.context = copy.deepcopy(model).prepare_decoding(model.head.weight.dtype), context
-        self.compiled = compiled
+        self.context, self.compiled = context, compiled
+        self.model = copy.deepcopy(model).prepare_decoding(model.head.weight.dtype, compiled)
         self.cache = model.new_cache(batch, context + room)
         for layer, stored in zip(self.cache.layers, entries(model, context), strict=True):
             layer.append(*(tensor.expand(batch, -1, -1, -1) for tensor in stored))
