@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from mla_lm.attention import decode
+
 MOST_PLAIN_KEYS = 512  # in bf16 on a CPU: products and a softmax take less time than the fused kernel up to here
 LEAST_KEYS = 2048  # cutting fewer among two threads costs more than it gains
 
@@ -27,6 +29,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     queries, keys = q.size(2), k.size(2)
     if queries == keys and stores_scores(q.device.type, q.dtype, keys):
         return _plain(q, k, v, scale)
+    if decode.takes(q, k, v):
+        return decode.attend_to_all((_rows(q, k) * scale).float(), k, v).to(q.dtype).reshape(*q.shape[:3], -1)
     dim, value_dim = q.size(-1), v.size(-1)
     if value_dim < dim:
         v = F.pad(v, (0, dim - value_dim))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mla_lm.attention import decode
 from mla_lm.attention.cache import LayerCache
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.fused import causal_attention
@@ -172,8 +173,10 @@ class MLA(nn.Module):
         q = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).unflatten(1, (B, T)).transpose(0, 1)
         q = torch.cat((q, q_rope.transpose(1, 2)), dim=-1)  # (B, H, T, kv_compressed_dim + rope_dim)
         key = entries.unsqueeze(1)  # (B, 1, S, kv_compressed_dim + rope_dim)
-        # The values are the latents. Passing the rope part along and dropping it afterwards keeps the kernel fused.
-        out = causal_attention(q, key, key, self.scale)[..., : c.kv_compressed_dim]  # (B, H, T, kv_compressed_dim)
+        latents = key[..., : c.kv_compressed_dim]  # the values
+        # PyTorch's kernel is fused for values as wide as the key: the rope part goes along and is dropped afterwards.
+        values = latents if decode.takes(q, key, latents) else key
+        out = causal_attention(q, key, values, self.scale)[..., : c.kv_compressed_dim]  # (B, H, T, kv_compressed_dim)
         out = torch.bmm(out.transpose(0, 1).flatten(1, 2), w_uv.mT)  # (H, B * T, value_dim)
         return out.transpose(0, 1).reshape(B, T, -1)
 

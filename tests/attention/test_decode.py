@@ -1,0 +1,94 @@
+"""The C++ kernel that compiled steps attend to a cache with."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_lm.attention import decode
+from mla_lm.attention.fused import causal_attention
+from mla_lm.errors import UserError
+from mla_lm.hardware import has_compiler
+
+needs_compiler = pytest.mark.skipif(not has_compiler("cpu"), reason="no C++ compiler")
+
+
+@needs_compiler
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    rows=st.integers(1, 20),
+    keys=st.integers(1, 600),
+    dims=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    spread=st.sampled_from([0.1, 1.0, 5.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_softmax_written_out(batch, heads, rows, keys, dims, dtype, spread, seed):
+    torch.manual_seed(seed)
+    dim, value_dim = (decode.LANES * n for n in dims)
+    q = spread * torch.randn(batch, rows, heads, dim).transpose(1, 2)
+    k = torch.randn(batch, heads, keys + 5, dim).to(dtype)[:, :, :keys]  # as in a cache with room
+    v = k[..., :value_dim] if value_dim <= dim else torch.randn(batch, keys, heads, value_dim).to(dtype).transpose(1, 2)
+    expected = (q.double() @ k.double().mT).softmax(-1) @ v.double()
+    torch.testing.assert_close(decode.attend_to_all(q, k, v), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+def test_is_an_operator_that_torch_can_compile():
+    torch.library.opcheck(decode.attend_to_all, (torch.randn(1, 2, 3, 16), *torch.randn(2, 1, 2, 9, 16)))
+
+
+@needs_compiler
+def test_threads_do_not_change_the_result():
+    q, k = torch.randn(1, 1, 6, 32), torch.randn(1, 1, 1000, 32)
+    outs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        outs.append(decode.attend_to_all(q, k, k))
+    torch.set_num_threads(1)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "dim", "taken"),
+    [
+        (torch.float32, 1, 32, True),
+        (torch.bfloat16, 1, 32, True),
+        (torch.float16, 1, 32, False),
+        (torch.float32, 2, 32, False),
+        (torch.float32, 1, 24, False),
+    ],
+)
+def test_which_compiled_steps_take_it(dtype, queries, dim, taken):
+    """Of the others PyTorch's kernel takes care, as of every step that is not compiled."""
+    q, k = torch.randn(1, 4, queries, dim, dtype=dtype), torch.randn(1, 1, 40, dim, dtype=dtype)
+    graphs = []
+    compiled = torch.compile(causal_attention, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, k, 0.3), causal_attention(q, k, k, 0.3), rtol=0.02, atol=0.02)
+    names = {node.target for node in graphs[0].graph.nodes}
+    assert (torch.ops.mla_lm.attend_to_all.default in names) == taken
+
+
+@needs_compiler
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    decode._library.cache_clear()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(decode, "SOURCE", tmp_path / "decode.cpp")
+    decode.SOURCE.write_text("int attend( {")
+    with pytest.raises(UserError, match="does not compile"):
+        decode._library()
+    assert not list((tmp_path / "mla_lm").iterdir())
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    decode._library.cache_clear()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="TORCH_HOME"):
+        decode._library()
