@@ -6,6 +6,7 @@ import signal
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import lightning as L
@@ -36,7 +37,8 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self.copied: Future | None = None
+        self.copied = Event()
+        self.copied.set()
         self.written: Future | None = None
         self.memory: dict[tuple, Tensor] = {}  # of the last copy; to ask for it anew takes longer than to copy
 
@@ -53,8 +55,9 @@ class BackgroundCheckpointIO(CheckpointIO):
         """
         self.wait()
         state, left = self._copy(checkpoint)
-        self.copied = self.thread.submit(_copy_tensors, left)
-        self.written = self.thread.submit(_write, self.copied, state, [path, *(storage_options or ())])
+        self.copied.clear()
+        # Nothing after this: from here on the thread takes turns with Python code, for milliseconds each.
+        self.written = self.thread.submit(_write, left, self.copied, state, [path, *(storage_options or ())])
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         self.wait()
@@ -66,9 +69,7 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     def wait_until_copied(self) -> None:
         """From here on the state that was saved last may change."""
-        if self.copied:
-            self.copied.result()
-            self.copied = None
+        self.copied.wait()
 
     def wait(self) -> None:
         """From here on what was saved is on disk.
@@ -117,8 +118,11 @@ def _copy_tensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
         np.copyto(target.view(bits).numpy(), source.view(bits).numpy())
 
 
-def _write(copied: Future, state: dict[str, Any], paths: list[str | Path]) -> None:
-    copied.result()
+def _write(left: list[tuple[Tensor, Tensor]], copied: Event, state: dict[str, Any], paths: list[str | Path]) -> None:
+    try:
+        _copy_tensors(left)
+    finally:  # what went wrong is for who waits for the file
+        copied.set()
     for path in paths:
         write_atomically(Path(path), lambda file: torch.save(state, file))
 

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", nargs="+", metavar="NAME", default=list(MODELS), help="presets of conf/model (default: %(default)s)"
     )
-    parser.add_argument("--tokens", type=measure.at_least_one, default=128, help="of each step (default: %(default)s)")
+    parser.add_argument("--tokens", type=measure.at_least_one, default=2048, help="of each step (default: train.py's)")
     parser.add_argument("--dir", default=".", help="write below this folder (default: the current one)")
     measure.add_repeats(parser)
     measure.add_device(parser)
