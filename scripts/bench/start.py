@@ -18,7 +18,8 @@ DESCRIPTION = """Seconds from the start of train.py's process to the end of its 
 
 The last column leaves out what `import torch, lightning` takes in a process of its own. The first step's end is when
 its row is in metrics.jsonl. The token cache is filled before. "heavy" are packages that train.py imported beyond those
-that torch and lightning import themselves.
+that torch and lightning import themselves. With --compile also the first step of a compiled run, where the folder that
+torch keeps compiled code in is empty and where an equal run has filled it.
 """
 ROOT = Path(__file__).parents[2]
 # Packages that take long to import and that a run without a logger has no use for.
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loggers", nargs="+", default=["none", "wandb"], metavar="LOGGER", help="default: %(default)s"
     )
+    parser.add_argument("--compile", action="store_true", help="also with compiling, cold and warm")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of conf/, as for train.py")
     measure.add_repeats(parser)
 
@@ -51,7 +53,11 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     heavy = {logger: heavy_imports(logger, args.overrides) for logger in args.loggers}
     turns = {logger: lambda logger=logger: first_step(logger, args.overrides) for logger in args.loggers}
     turns = {IMPORTS: import_seconds, **turns}
-    seconds = measure.interleaved(turns, args.repeats)
+    with tempfile.TemporaryDirectory() as kept:
+        if args.compile:
+            turns |= {"none, compiled, cold": lambda: compiled_step(args.overrides)}
+            turns |= {"none, compiled, warm": lambda: compiled_step(args.overrides, kept)}
+        seconds = measure.interleaved(turns, args.repeats)
     rows = [
         {
             "what": what,
@@ -86,7 +92,13 @@ def heavy_imports(logger: str, overrides: list[str]) -> list[str]:
     return [name for name in HEAVY if name in modules]
 
 
-def first_step(logger: str, overrides: list[str], *python_arguments: str) -> float:
+def compiled_step(overrides: list[str], cache: str | None = None) -> float:
+    """`first_step` of a compiled run that finds torch's compiled code in a folder, or in none."""
+    with tempfile.TemporaryDirectory() as empty:
+        return first_step("none", [*overrides, "compile=true"], TORCHINDUCTOR_CACHE_DIR=cache or empty)
+
+
+def first_step(logger: str, overrides: list[str], *python_arguments: str, **environment: str) -> float:
     """Seconds until train.py has logged its first step; it is stopped then.
 
     Raises:
@@ -99,7 +111,7 @@ def first_step(logger: str, overrides: list[str], *python_arguments: str) -> flo
         with errors.open("w") as file:
             process = subprocess.Popen(
                 [sys.executable, *python_arguments, str(ROOT / "train.py"), *ours],
-                env={**os.environ, "WANDB_MODE": "offline"}, stdout=subprocess.DEVNULL, stderr=file,
+                env={**os.environ, "WANDB_MODE": "offline", **environment}, stdout=subprocess.DEVNULL, stderr=file,
             )  # fmt: skip
         while not (metrics.is_file() and '"train/loss"' in metrics.read_text()):
             if process.poll() is not None:
