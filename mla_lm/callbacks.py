@@ -192,7 +192,10 @@ class CacheMemory(Callback):
         self.vs_mha = self.bytes_per_token / self.mha_bytes_per_token
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("bytes_at_seq_len", "bytes_per_token", "vs_mha")}
+        measured = {name: getattr(self, name) for name in ("bytes_at_seq_len", "bytes_per_token", "vs_mha")}
+        return {"dtype": str(self.dtype), **measured}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        measured = dict(state)
+        if measured.pop("dtype", None) == str(self.dtype):  # a run may go on in another precision
+            vars(self).update(measured)

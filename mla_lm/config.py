@@ -157,6 +157,7 @@ INCIDENTAL = (
     "micro_batch_tokens",
     "val_every_n_steps",
     "log_every_n_steps",
+    "kv_cache_dtype",
     "loss_by_position",
     "tags",
     "checkpoint",

@@ -129,6 +129,8 @@ def test_an_int8_cache_is_measured_in_place_of_the_other(train, tmp_path):
     assert summary["kv_cache_vs_mha"] == per_token / (2 * 128 * 4)
     measured = [row["kv_cache/bytes_per_token"] for row in rows_of(tmp_path / "run") if "kv_cache/vs_mha" in row]
     assert measured == [per_token, per_token]
+    succeeded(train("ckpt_path=run", "kv_cache_dtype=null", f"trainer.max_steps={summary['steps'] + 1}"))
+    assert summary_of(tmp_path / "run")["kv_cache_bytes_per_token"] == 2 * 20 * 4
     refused(train("kv_cache_dtype=int4"), "kv_cache_dtype=int4", "int8")
 
 
