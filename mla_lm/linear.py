@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """`nn.Linear`, whose product with a single vector becomes a sum in a compiled step on a CPU.
 
-    Such a product only reads its matrix. A library's takes two to four times as long for it as memory does; the loop
+    Such a product only reads its matrix. A library's takes twice as long for that as memory does; the loop
     that the compiler makes of a sum keeps up with memory, and takes in what comes before and after the product.
     """
 

@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--cache", choices=CACHE_DTYPES, help="what the KV cache keeps (default: the run's precision)")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the steps first: pays from some ten thousand tokens on"
+        "--compile", action="store_true", help="compile the steps first: pays from some thousand tokens on"
     )
     return parser.parse_args()
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -50,7 +51,7 @@ static inline float sum(Floats x) {
     return s;
 }
 
-static inline Floats exp(Floats x) {  // of x <= 0, within 2 units in the last place; Cephes' polynomial
+static inline Floats exp(Floats x) {  // of x <= 0, by the polynomial of Cephes' expf
     x = x < -87.0f ? Floats{} - 87.0f : x;
     Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
     Floats whole = __builtin_convertvector(power, Floats);
@@ -74,7 +75,7 @@ static inline void score(const float* q, const T* k, long stride, int dim, float
     for (int d = 0; d < dim; d += LANES)
         for (int j = 0; j < COUNT; j++) {
             Floats key = load(k + j * stride + d);
-            __builtin_prefetch(k + (j + BLOCK) * stride + d, 0, 2);
+            __builtin_prefetch(k + (j + BLOCK) * stride + d, 0, 2);  // of the next block, to the second cache
             for (int r = 0; r < ROWS; r++) sums[r][j] += load(q + r * dim + d) * key;
         }
     for (int r = 0; r < ROWS; r++)
@@ -149,7 +150,7 @@ template <typename T>
 static void attend_chunk(const float* q, const T* k, const T* v, const Sizes& n, long keys, Part part) {
     for (long r = 0; r < n.rows; r++) part.most[r] = -INFINITY, part.total[r] = 0;
     memset(part.out, 0, n.rows * n.value_dim * sizeof(float));
-    const int tile = (n.rows + (n.rows + MOST_ROWS - 1) / MOST_ROWS - 1) / ((n.rows + MOST_ROWS - 1) / MOST_ROWS);
+    const long tiles = (n.rows + MOST_ROWS - 1) / MOST_ROWS, tile = (n.rows + tiles - 1) / tiles;  // as equal as can be
     for (long begin = 0; begin < keys; begin += BLOCK) {
         const int count = keys - begin < BLOCK ? keys - begin : BLOCK;
         for (long r = 0; r < n.rows; r += tile) {
@@ -179,9 +180,9 @@ static void put_together(const std::vector<Part>& parts, const Sizes& n, float* 
 template <typename T>
 static void attend(const float* q, const T* k, const T* v, const Sizes& n, float* out) {
     const long chunks = (n.keys + CHUNK - 1) / CHUNK, heads = n.batch * n.heads, width = n.rows * (n.value_dim + 2);
-    std::vector<float> memory(heads * chunks * width);
+    std::unique_ptr<float[]> memory(new float[heads * chunks * width]);
     auto part = [&](long head, long chunk) {
-        float* at = memory.data() + (head * chunks + chunk) * width;
+        float* at = memory.get() + (head * chunks + chunk) * width;
         return Part{at, at + n.rows * n.value_dim, at + n.rows * (n.value_dim + 1)};
     };
 #pragma omp parallel
