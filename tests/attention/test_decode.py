@@ -28,7 +28,7 @@ needs_compiler = pytest.mark.skipif(not has_compiler("cpu"), reason="no C++ comp
 def test_equals_softmax_written_out(batch, heads, rows, keys, dims, dtype, spread, seed):
     torch.manual_seed(seed)
     dim, value_dim = (decode.LANES * n for n in dims)
-    q = spread * torch.randn(batch, rows, heads, dim).transpose(1, 2)
+    q = spread * dim**-0.5 * torch.randn(batch, rows, heads, dim).transpose(1, 2)
     k = torch.randn(batch, heads, keys + 5, dim).to(dtype)[:, :, :keys]  # as in a cache with room
     v = k[..., :value_dim] if value_dim <= dim else torch.randn(batch, keys, heads, value_dim).to(dtype).transpose(1, 2)
     expected = (q.double() @ k.double().mT).softmax(-1) @ v.double()
@@ -92,3 +92,14 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match="TORCH_HOME"):
         decode._library()
+
+
+@needs_compiler
+def test_scores_far_apart():
+    """Only the key with the largest score counts, wherever it is, and no exponential overflows."""
+    k = torch.zeros(1, 1, 500, 16)
+    k[0, 0, :, 0] = -1000.0
+    k[0, 0, 300, 0] = 1000.0
+    v = torch.randn(1, 1, 500, 16)
+    out = decode.attend_to_all(torch.eye(16)[:1].view(1, 1, 1, 16), k, v)
+    torch.testing.assert_close(out[0, 0, 0], v[0, 0, 300])
