@@ -23,6 +23,7 @@ def test_python_of_the_readme(train, tmp_path, capsys):
     path = re.search(r'load_run\("(.*)"\)', loading)[1]
     exec(loading.replace(path, str(tmp_path / "run")), names)
     assert names["logits"].shape[-1] == names["run_config"].model.vocab_size
+    assert len(names["ids"]) == 20
 
 
 def test_the_attention_needs_torch_alone():

@@ -105,4 +105,7 @@ def _library() -> ctypes.CDLL:
             f"{cpp_compiler()} does not compile {SOURCE}: {error.stderr.strip().splitlines()[0]}"
         ) from error
     except OSError as error:
-        raise UserError(f"{path} cannot be made: {error}; TORCH_HOME names another folder") from error
+        raise UserError(
+            f"{path} cannot be made or loaded: {error}\n"
+            "  Delete it if it is there, or set TORCH_HOME to a folder that can be written."
+        ) from error

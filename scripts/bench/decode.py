@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mla_lm.generate import generate
+from mla_lm.hardware import check_compiler
 from mla_lm.transformer import AttentionConfig, Transformer, TransformerConfig
 from scripts.bench import measure, peers
 
@@ -133,6 +134,8 @@ def entries(model: Transformer, context: int) -> list[list[Tensor]]:
 @torch.no_grad()
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     device = measure.device_of(args)
+    if args.compile:
+        check_compiler(device, "--compile")
     rows = [
         decoded(name, batch, context, args.repeats, device, args.compile)
         for name, batch, context in product(args.precision, args.batch, args.context)

@@ -14,7 +14,7 @@ from typing import Any
 from mla_lm.errors import UserError
 from scripts.bench import measure
 
-DESCRIPTION = """Seconds from the start of train.py's process to the end of its first optimizer step, without compiling.
+DESCRIPTION = """Seconds from the start of train.py's process to the end of its first optimizer step, not compiled.
 
 The last column leaves out what `import torch, lightning` takes in a process of its own. The first step's end is when
 its row is in metrics.jsonl. The token cache is filled before. "heavy" are packages that train.py imported beyond those
@@ -41,7 +41,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--loggers", nargs="+", default=["none", "wandb"], metavar="LOGGER", help="default: %(default)s"
+        "--loggers",
+        type=lambda text: text.split(","),
+        metavar="NAME[,NAME]",
+        default=["none", "wandb"],
+        help="default: none,wandb",
     )
     parser.add_argument("--compile", action="store_true", help="also with compiling, cold and warm")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of conf/, as for train.py")

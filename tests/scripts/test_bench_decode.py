@@ -8,6 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from mla_lm import AttentionConfig, Transformer, cli
+from mla_lm.attention import decode as kernel
 from mla_lm.flops import model_size
 from mla_lm.generate import generate
 from scripts.bench import __main__ as bench
@@ -19,7 +20,7 @@ TINY = {"num_layers": 2, "d_model": 48, "ff_hidden": 64, "vocab_size": 61}
 
 @pytest.fixture
 def tiny(monkeypatch):
-    attention = AttentionConfig(kv_compressed_dim=16, rope_dim=4, nope_dim=4, value_dim=8)
+    attention = AttentionConfig(kv_compressed_dim=16, rope_dim=16, nope_dim=4, value_dim=8)
     monkeypatch.setattr(decode, "MLA", replace(decode.MLA, **TINY, attention=attention))
     monkeypatch.setattr(decode, "MHA", replace(decode.MHA, **TINY))
 
@@ -55,10 +56,12 @@ def test_compiled_it_makes_the_same_tokens(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(decode, "generate", watched)
     counters.clear()
+    kernel._functions.cache_clear()
     sizes = ("--context", "5", "--batch", "1", "--precision", "fp32", "--repeats", "1")
     succeeded(call(tmp_path, *sizes, "--compile", "--json", "out.json"))
     assert asked == {("mla", True), ("mha", True)}
     assert counters["stats"]["unique_graphs"] >= 2
+    assert kernel._functions.cache_info().currsize == 1  # MLA's step has called it
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["same tokens"]
 
 
@@ -91,3 +94,8 @@ def test_mha_has_as_many_parameters():
 )
 def test_refused(arguments, tmp_path):
     refused(call(tmp_path, *arguments), arguments[0])
+
+
+def test_compiling_without_a_compiler(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(call(tmp_path, "--compile"), "--compile", "no-such-compiler", "CXX=")
