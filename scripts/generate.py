@@ -110,7 +110,7 @@ class SampledRun:
 
     def __init__(self, path: str, device: str, args: argparse.Namespace):
         model, tokenizer, config = load_run(path, device)
-        self.run = model.prepare_decoding(DTYPES[config.trainer.precision], args.compile), tokenizer, config
+        self.run = model.prepare_decoding(DTYPES[config.trainer.precision], compiled=args.compile), tokenizer, config
         folder, checkpoint = find_run(path)
         name = folder.path.name if Path(path).is_dir() else f"{folder.path.name}/{checkpoint.name}"
         self.name = f"{name} ({self.run[0].config.attention_kind})"

@@ -78,7 +78,8 @@ def test_a_step_is_one_graph_and_not_one_for_each_length(kind, dtype, batch):
         model.hidden_states, dynamic=True, fullgraph=True, backend=lambda graph, _: captured.append(graph) or graph
     )
     caches = [model.new_cache(batch, 21, dtype) for _ in range(2)]
-    rounding = {"rtol": 0.02, "atol": 0.002} if dtype == torch.int8 else {}  # the last bit may round to the next step
+    # A sum in place of a product may differ in the last bit, by which int8 rounds to the next step.
+    rounding = {"rtol": 0.02, "atol": 0.002} if dtype == torch.int8 and batch == 1 else {}
     with torch.no_grad():
         for cache in caches:
             model.hidden_states(tokens[:, :5], cache)

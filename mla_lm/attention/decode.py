@@ -87,9 +87,7 @@ def _library() -> ctypes.CDLL:
     arm = platform.machine() in ("arm64", "aarch64")
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread
     flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-mcpu=native" if arm else "-march=native", *openmp]
-    info = Path("/proc/cpuinfo")
-    features = [s for s in (info.read_text().splitlines() if info.exists() else []) if s.lower().startswith("f")][:1]
-    key = hashlib.sha256(repr((cpp_compiler(), flags, features)).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(repr((cpp_compiler(), flags, _cpu_features())).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     path = Path(torch.hub.get_dir()).with_name("mla_lm") / f"{key}.so"
     try:
         if not path.exists():
@@ -109,3 +107,10 @@ def _library() -> ctypes.CDLL:
             f"{path} cannot be made or loaded: {error}\n"
             "  Delete it if it is there, or set TORCH_HOME to a folder that can be written."
         ) from error
+
+
+def _cpu_features() -> str:
+    """The instructions that this CPU has, as Linux names them: a folder may be shared by machines of several kinds."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")

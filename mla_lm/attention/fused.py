@@ -1,4 +1,4 @@
-"""Causal attention through PyTorch's fused kernels, whatever the head sizes."""
+"""Causal attention through PyTorch's fused kernels, whatever the head sizes, or in compiled decoding through ours."""
 
 import torch
 import torch.nn.functional as F

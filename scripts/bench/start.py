@@ -57,10 +57,10 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     heavy = {logger: heavy_imports(logger, args.overrides) for logger in args.loggers}
     turns = {logger: lambda logger=logger: first_step(logger, args.overrides) for logger in args.loggers}
     turns = {IMPORTS: import_seconds, **turns}
-    with tempfile.TemporaryDirectory() as kept:
+    with tempfile.TemporaryDirectory() as folder:
         if args.compile:
-            turns |= {"none, compiled, cold": lambda: compiled_step(args.overrides)}
-            turns |= {"none, compiled, warm": lambda: compiled_step(args.overrides, kept)}
+            turns |= {"none, compiled, cold": lambda: compiled_step(args.overrides, tempfile.mkdtemp(dir=folder))}
+            turns |= {"none, compiled, warm": lambda: compiled_step(args.overrides, f"{folder}/warm")}
         seconds = measure.interleaved(turns, args.repeats)
     rows = [
         {
@@ -96,10 +96,9 @@ def heavy_imports(logger: str, overrides: list[str]) -> list[str]:
     return [name for name in HEAVY if name in modules]
 
 
-def compiled_step(overrides: list[str], cache: str | None = None) -> float:
-    """`first_step` of a compiled run that finds torch's compiled code in a folder, or in none."""
-    with tempfile.TemporaryDirectory() as empty:
-        return first_step("none", [*overrides, "compile=true"], TORCHINDUCTOR_CACHE_DIR=cache or empty)
+def compiled_step(overrides: list[str], cache: str) -> float:
+    """`first_step` of a compiled run that finds torch's compiled code in a folder, and leaves it there."""
+    return first_step("none", [*overrides, "compile=true"], TORCHINDUCTOR_CACHE_DIR=cache)
 
 
 def first_step(logger: str, overrides: list[str], *python_arguments: str, **environment: str) -> float:

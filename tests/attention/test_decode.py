@@ -1,5 +1,8 @@
 """The C++ kernel that compiled steps attend to a cache with."""
 
+import platform
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,3 +106,9 @@ def test_scores_far_apart():
     v = torch.randn(1, 1, 500, 16)
     out = decode.attend_to_all(torch.eye(16)[:1].view(1, 1, 1, 16), k, v)
     torch.testing.assert_close(out[0, 0, 0], v[0, 0, 300])
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="names of Linux on x86-64")
+def test_the_kept_kernel_is_of_this_kind_of_cpu():
+    """Or a machine that shares the folder would run instructions that it does not have."""
+    assert {"sse2", "fpu"} <= set(decode._cpu_features().split())
