@@ -11,11 +11,12 @@
 #include <vector>
 
 #ifdef __AVX512F__
+#include <immintrin.h>
 constexpr int LANES = 16, MOST_ROWS = 6, KEYS = 4;  // rows x keys sums live in registers: 24 of 32
 #else
 constexpr int LANES = 8, MOST_ROWS = 4, KEYS = 2;  // 8 of 16
 #endif
-constexpr int BLOCK = 32;   // keys whose scores are held at once: their bytes stay in the first cache
+constexpr int BLOCK = 64;   // keys whose scores are held at once: their bytes stay in the first cache
 constexpr int CHUNK = 256;  // keys that one thread takes; not a matter of threads, so that results are not either
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -39,16 +40,37 @@ static inline void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
 typedef float Half __attribute__((vector_size(2 * LANES)));
 typedef float Quarter __attribute__((vector_size(LANES)));
 
-static inline float sum(Floats x) {
+template <typename Op>
+static inline float fold(Floats x, Op op) {  // all lanes into one
     Half a[2];
     memcpy(a, &x, sizeof x);
-    a[0] += a[1];
+    a[0] = op(a[0], a[1]);
     Quarter b[2];
     memcpy(b, a, sizeof b);
-    b[0] += b[1];
-    float s = 0;
-    for (int i = 0; i < LANES / 4; i++) s += b[0][i];
-    return s;
+    b[0] = op(b[0], b[1]);
+    float y = b[0][0];
+    for (int i = 1; i < LANES / 4; i++) y = op(y, b[0][i]);
+    return y;
+}
+
+constexpr auto ADD = [](auto a, auto b) { return a + b; };
+constexpr auto LARGER = [](auto a, auto b) { return a > b ? a : b; };
+
+// The sum of each of COUNT registers, next to each other.
+template <int COUNT>
+static inline void store_sums(float* to, const Floats* x) {
+#ifdef __AVX512F__
+    if constexpr (COUNT == 4) {  // at once: each shuffle serves two of them
+        auto together = [](__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b); };
+        const __m512d ab = _mm512_castps_pd(together((__m512)x[0], (__m512)x[1]));
+        const __m512d cd = _mm512_castps_pd(together((__m512)x[2], (__m512)x[3]));
+        const __m512 abcd = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+        const __m512 half = abcd + _mm512_shuffle_f32x4(abcd, abcd, 0x0e);
+        _mm_storeu_ps(to, _mm512_castps512_ps128(half + _mm512_shuffle_f32x4(half, half, 0x01)));
+        return;
+    }
+#endif
+    for (int i = 0; i < COUNT; i++) to[i] = fold(x[i], ADD);
 }
 
 static inline Floats exp(Floats x) {  // of x <= 0, by the polynomial of Cephes' expf
@@ -78,8 +100,7 @@ static inline void score(const float* q, const T* k, long stride, int dim, float
             __builtin_prefetch(k + (j + BLOCK) * stride + d, 0, 2);  // of the next block, to the second cache
             for (int r = 0; r < ROWS; r++) sums[r][j] += load(q + r * dim + d) * key;
         }
-    for (int r = 0; r < ROWS; r++)
-        for (int j = 0; j < COUNT; j++) scores[r][at + j] = sum(sums[r][j]);
+    for (int r = 0; r < ROWS; r++) store_sums<COUNT>(scores[r] + at, sums[r]);
 }
 
 template <int ROWS, int COUNT, typename T>
@@ -96,46 +117,134 @@ static inline void add_values(const float (*weights)[BLOCK], const T* v, long st
         for (int c = 0; c < COUNT; c++) store(out + r * dim + c * LANES, sums[r][c]);
 }
 
+template <int ROWS, typename T>
+static inline void add_all_values(const float (*weights)[BLOCK], const T* v, long stride, int keys, float* out,
+                                  int dim) {
+    int d = 0;
+    for (; d + KEYS * LANES <= dim; d += KEYS * LANES)
+        add_values<ROWS, KEYS>(weights, v + d, stride, keys, out + d, dim);
+    for (; d < dim; d += LANES) add_values<ROWS, 1>(weights, v + d, stride, keys, out + d, dim);
+}
+
+#ifdef __AVX512BF16__
+// With instructions that multiply two bf16 of a lane and add both products to it. q and the weights are rounded for
+// them, as a product of bf16 matrices would have them.
+constexpr int PAIRS = 2 * LANES;
+
+template <bool WHOLE>
+static inline __m512bh load_pairs(const uint16_t* from) {  // not whole: LANES of them, then zeros
+    if constexpr (WHOLE) return (__m512bh)_mm512_loadu_si512(from);
+    return (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+}
+
+static void round_to_bf16(const float* from, uint16_t* to, long size) {
+    for (long i = 0; i < size; i += LANES)
+        _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
+}
+
+template <bool WHOLE, int ROWS, int COUNT>
+static inline void add_products(const uint16_t* q, const uint16_t* k, long stride, int dim, Floats (*sums)[COUNT]) {
+    __m512bh keys[COUNT];
+    for (int j = 0; j < COUNT; j++) {
+        keys[j] = load_pairs<WHOLE>(k + j * stride);
+        __builtin_prefetch(k + (j + BLOCK) * stride, 0, 2);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < COUNT; j++)
+            sums[r][j] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][j], load_pairs<WHOLE>(q + r * dim), keys[j]);
+}
+
+template <int ROWS, int COUNT>
+static inline void score(const uint16_t* q, const uint16_t* k, long stride, int dim, float (*scores)[BLOCK], int at) {
+    Floats sums[ROWS][COUNT] = {};
+    int d = 0;
+    for (; d + PAIRS <= dim; d += PAIRS) add_products<true, ROWS>(q + d, k + d, stride, dim, sums);
+    if (d < dim) add_products<false, ROWS>(q + d, k + d, stride, dim, sums);
+    for (int r = 0; r < ROWS; r++) store_sums<COUNT>(scores[r] + at, sums[r]);
+}
+
+// The values of two keys at a time, each column's pair made to lie in one lane.
+template <bool WHOLE, int ROWS, int COUNT>
+static inline void add_values(const uint16_t (*weights)[BLOCK], const uint16_t* v, long stride, int keys, float* out,
+                              int dim) {
+    constexpr int WIDTH = WHOLE ? 2 * COUNT : 1;  // in LANES
+    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(LANES));
+    Floats sums[ROWS][WIDTH];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < WIDTH; c++) sums[r][c] = load(out + r * dim + c * LANES);
+    for (int j = 0; j < keys; j += 2) {
+        const uint16_t *at = v + j * stride, *next = j + 1 < keys ? at + stride : at;  // whose weight is nothing then
+        __m512bh values[2 * COUNT];
+        for (int c = 0; c < COUNT; c++) {
+            const __m512i a = (__m512i)load_pairs<WHOLE>(at + c * PAIRS), b = (__m512i)load_pairs<WHOLE>(next + c * PAIRS);
+            values[2 * c] = (__m512bh)_mm512_permutex2var_epi16(a, first, b);
+            values[2 * c + 1] = (__m512bh)_mm512_permutex2var_epi16(a, second, b);
+        }
+        for (int r = 0; r < ROWS; r++) {
+            int32_t pair;
+            memcpy(&pair, weights[r] + j, sizeof pair);
+            for (int c = 0; c < WIDTH; c++)
+                sums[r][c] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][c], (__m512bh)_mm512_set1_epi32(pair), values[c]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < WIDTH; c++) store(out + r * dim + c * LANES, sums[r][c]);
+}
+
+template <int ROWS>
+static inline void add_all_values(const float (*weights)[BLOCK], const uint16_t* v, long stride, int keys, float* out,
+                                  int dim) {
+    constexpr int COUNT = ROWS > 3 ? 1 : 2;  // sums that depend on no other, and fit into the registers
+    uint16_t rounded[ROWS][BLOCK];
+    round_to_bf16(weights[0], rounded[0], ROWS * BLOCK);
+    int d = 0;
+    for (; d + COUNT * PAIRS <= dim; d += COUNT * PAIRS)
+        add_values<true, ROWS, COUNT>(rounded, v + d, stride, keys, out + d, dim);
+    for (; d + PAIRS <= dim; d += PAIRS) add_values<true, ROWS, 1>(rounded, v + d, stride, keys, out + d, dim);
+    if (d < dim) add_values<false, ROWS, 1>(rounded, v + d, stride, keys, out + d, dim);
+}
+#endif
+
 template <int ROWS>
 static void to_weights(float (*scores)[BLOCK], int keys, Part part, int value_dim) {
     for (int r = 0; r < ROWS; r++) {
-        float most = part.most[r];
-        for (int j = 0; j < keys; j++) most = scores[r][j] > most ? scores[r][j] : most;
         for (int j = keys; j < BLOCK; j++) scores[r][j] = -INFINITY;
-        float before = std::exp(part.most[r] - most);
-        Floats sums = {};
+        Floats largest = load(scores[r]), sums = {};
+        for (int j = LANES; j < BLOCK; j += LANES) largest = LARGER(largest, load(scores[r] + j));
+        const float most = LARGER(fold(largest, LARGER), part.most[r]);
+        const float before = most == part.most[r] ? 1 : std::exp(part.most[r] - most);
         for (int j = 0; j < BLOCK; j += LANES) {
             Floats weights = exp(load(scores[r] + j) - most);
             store(scores[r] + j, weights);
             sums += weights;
         }
         part.most[r] = most;
-        part.total[r] = part.total[r] * before + sum(sums);
+        part.total[r] = part.total[r] * before + fold(sums, ADD);
         if (before != 1)
             for (int d = 0; d < value_dim; d++) part.out[r * value_dim + d] *= before;
     }
 }
 
-template <int ROWS, typename T>
-static void attend_block(const float* q, const T* k, long k_stride, const T* v, long v_stride, int keys, int dim,
+template <int ROWS, typename Q, typename T>
+static void attend_block(const Q* q, const T* k, long k_stride, const T* v, long v_stride, int keys, int dim,
                          int value_dim, Part part) {
     float scores[ROWS][BLOCK];
-    int j = 0, d = 0;
+    int j = 0;
     for (; j + KEYS <= keys; j += KEYS) score<ROWS, KEYS>(q, k + j * k_stride, k_stride, dim, scores, j);
     for (; j < keys; j++) score<ROWS, 1>(q, k + j * k_stride, k_stride, dim, scores, j);
     to_weights<ROWS>(scores, keys, part, value_dim);
-    for (; d + KEYS * LANES <= value_dim; d += KEYS * LANES)
-        add_values<ROWS, KEYS>(scores, v + d, v_stride, keys, part.out + d, value_dim);
-    for (; d < value_dim; d += LANES) add_values<ROWS, 1>(scores, v + d, v_stride, keys, part.out + d, value_dim);
+    add_all_values<ROWS>(scores, v, v_stride, keys, part.out, value_dim);
 }
 
-template <typename T>
-static void attend_rows(int rows, const float* q, const T* k, long k_stride, const T* v, long v_stride, int keys,
+template <typename Q, typename T>
+static void attend_rows(int rows, const Q* q, const T* k, long k_stride, const T* v, long v_stride, int keys,
                         int dim, int value_dim, Part part) {
-    static decltype(&attend_block<1, T>) const blocks[] = {
-        attend_block<1, T>, attend_block<2, T>, attend_block<3, T>, attend_block<4, T>,
+    static decltype(&attend_block<1, Q, T>) const blocks[] = {
+        attend_block<1, Q, T>, attend_block<2, Q, T>, attend_block<3, Q, T>, attend_block<4, Q, T>,
 #ifdef __AVX512F__
-        attend_block<5, T>, attend_block<6, T>,
+        attend_block<5, Q, T>, attend_block<6, Q, T>,
 #endif
     };
     blocks[rows - 1](q, k, k_stride, v, v_stride, keys, dim, value_dim, part);
@@ -146,8 +255,8 @@ struct Sizes {
     long k_batch, k_head, k_key, v_batch, v_head, v_key;  // strides
 };
 
-template <typename T>
-static void attend_chunk(const float* q, const T* k, const T* v, const Sizes& n, long keys, Part part) {
+template <typename Q, typename T>
+static void attend_chunk(const Q* q, const T* k, const T* v, const Sizes& n, long keys, Part part) {
     for (long r = 0; r < n.rows; r++) part.most[r] = -INFINITY, part.total[r] = 0;
     memset(part.out, 0, n.rows * n.value_dim * sizeof(float));
     const long tiles = (n.rows + MOST_ROWS - 1) / MOST_ROWS, tile = (n.rows + tiles - 1) / tiles;  // as equal as can be
@@ -177,8 +286,8 @@ static void put_together(const std::vector<Part>& parts, const Sizes& n, float* 
     }
 }
 
-template <typename T>
-static void attend(const float* q, const T* k, const T* v, const Sizes& n, float* out) {
+template <typename Q, typename T>
+static void attend(const Q* q, const T* k, const T* v, const Sizes& n, float* out) {
     const long chunks = (n.keys + CHUNK - 1) / CHUNK, heads = n.batch * n.heads, width = n.rows * (n.value_dim + 2);
     std::unique_ptr<float[]> memory(new float[heads * chunks * width]);
     auto part = [&](long head, long chunk) {
@@ -209,5 +318,12 @@ extern "C" void attend_fp32(const float* q, const float* k, const float* v, cons
 }
 
 extern "C" void attend_bf16(const float* q, const uint16_t* k, const uint16_t* v, const Sizes* n, float* out) {
+#ifdef __AVX512BF16__
+    const long size = n->batch * n->heads * n->rows * n->dim;
+    std::unique_ptr<uint16_t[]> rounded(new uint16_t[size]);
+    round_to_bf16(q, rounded.get(), size);
+    attend(rounded.get(), k, v, *n, out);
+#else
     attend(q, k, v, *n, out);
+#endif
 }

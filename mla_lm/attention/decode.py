@@ -35,6 +35,9 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T) v, each query seeing every key.
 
+    Sums are of fp32. On a CPU with products of bf16, q and the weights are rounded to it where k and v are of it, as
+    PyTorch's kernel does.
+
     Args:
         q: (B, H_kv, rows, D) fp32, scaled
         k: (B, H_kv, S, D) fp32 or bf16
