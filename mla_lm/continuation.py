@@ -98,7 +98,8 @@ class Decoding:
         model, tokenizer, config = run
         self.precision, self.device = config.trainer.precision, generator.device
         self.seconds = 0.0  # that its steps took
-        end, seq_len = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text), model.config.seq_len
+        end = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text)
+        self.seq_len = seq_len = model.config.seq_len
         self.texts = []
         for prompt in prompts:
             ids = encode(tokenizer, prompt)
@@ -126,6 +127,11 @@ class Decoding:
     @property
     def done(self) -> bool:
         return all(text.done for text in self.texts)
+
+    @property
+    def full(self) -> bool:
+        """Whether a text has come to the model's seq_len, the end-of-text token before it included."""
+        return any(len(text.ids) + 1 == self.seq_len for text in self.texts)
 
     @property
     def new(self) -> int:

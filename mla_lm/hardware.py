@@ -66,7 +66,7 @@ def choose_compile(
         document_mask: attention takes the documents of each batch apart, which have other lengths every time
 
     Raises:
-        UserError: it is wanted together with document_mask, or without a C++ compiler.
+        UserError: it is wanted together with document_mask, or where torch.compile does not work.
     """
     if document_mask and wanted:
         raise UserError(
@@ -81,11 +81,11 @@ def choose_compile(
         return wanted, "as asked"
     if device not in COMPILE_SECONDS:
         return False, "not tried on this device"
-    if not has_compiler(device):
-        return False, "no C++ compiler"
     cost, estimated_seconds = COMPILE_SECONDS[device], seconds_at_peak / UTILIZATION
     if estimated_seconds < COMPILE_WORTH[device] * cost:
         return False, f"compiling takes about {cost:.0f} s, the run about {estimated_seconds:.0f} s"
+    if failure := compiler_failure(device):
+        return False, f"it would pay, but torch.compile does not work: {failure}"
     return True, f"the run takes about {estimated_seconds / 60:.0f} minutes"
 
 
@@ -94,16 +94,27 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
-def has_compiler(device: str) -> bool:
-    """Whether torch finds what it compiles with; only code for a CPU is C++."""
-    return device != "cpu" or shutil.which(cpp_compiler()) is not None
+def compiler_failure(device: str) -> str | None:
+    """Why torch.compile does not work here, in a line, found by compiling one operation; None where it does.
+
+    A compiler that is there may still lack Python's headers, or a folder for what it makes.
+    """
+    if device == "cpu" and shutil.which(cpp_compiler()) is None:
+        return f"there is no C++ compiler {cpp_compiler()}"
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except (RuntimeError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return next((line for line in lines if "error:" in line), lines[0])
+    return None
 
 
 def check_compiler(device: str, option: str) -> None:
-    """Raises UserError where the option asks for compiling and there is nothing to do it with."""
-    if not has_compiler(device):
+    """Raises UserError where the option asks for compiling and torch.compile does not work."""
+    if failure := compiler_failure(device):
         raise UserError(
-            f"{option} needs a C++ compiler, and {cpp_compiler()} is not there: leave it out, or name one by CXX="
+            f"{option}, but torch.compile does not work here: {failure}\n"
+            "  Leave the option out, or name a compiler by CXX=, a folder for its work by TORCHINDUCTOR_CACHE_DIR="
         )
 
 

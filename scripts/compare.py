@@ -80,6 +80,8 @@ def main() -> None:
     table = markdown([["run", *(heading for _, heading, _ in columns)], *cells])
     if different:
         table = f"{caption(runs)}\n\n{table}"
+    if len({run.figures["tokens_seen"] for run in runs}) > 1:
+        table += "\n\nThese runs have not seen as many tokens each: what sets them apart may be that alone."
     print(table)
     if args.out:
         from scripts.plot import plot  # needs matplotlib, which the table does not

@@ -158,8 +158,9 @@ def settled_text(texts: list[Continuation]) -> str:
 
 
 def speed_and_cache(decoding: Decoding) -> str:
+    full = f" (a text fills the model's seq_len={decoding.seq_len})" if decoding.full else ""
     return (
-        f"{decoding.new} tokens, {decoding.tokens_per_second:.0f} tokens/s; "
+        f"{decoding.new} tokens{full}, {decoding.tokens_per_second:.0f} tokens/s; "
         f"KV cache of {decoding.stored} tokens: {human_bytes(decoding.cache_bytes)}"
     )
 

@@ -1,8 +1,13 @@
 """A user's mistakes: exit status 2, at most three lines that name what is wrong, nothing written over."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from tests.conftest import SMALL, refused, succeeded
+from tests.conftest import ROOT, SMALL, refused, succeeded
 
 MISTAKES = [
     (["model=mla_smal"], ["mla_smal", "mla_small"]),
@@ -55,6 +60,37 @@ def test_mistake(train, tmp_path, overrides, words):
 def test_compiling_without_a_compiler(train, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     refused(train("compile=true"), "compile=true", "no-such-compiler", "CXX=")
+
+
+@pytest.fixture
+def failing_compiler(tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        "case $1 in *version) echo 'g++ (GCC) 12.2.0'; exit;; esac\n"
+        "echo 'a.h:1:10: fatal error: Python.h: No such file' >&2; exit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def test_compiling_with_a_compiler_that_fails(train, failing_compiler):
+    result = train.finish(train.start(*SMALL, *train.data, "compile=true"))  # torch asks for CXX once in a process
+    refused(result, "compile=true", "Python.h: No such file", "CXX=")
+
+
+def test_where_compiling_would_pay_and_fails_the_run_goes_on_without(failing_compiler):
+    program = "from mla_lm.hardware import choose_compile; print(*choose_compile(None, 'cpu', 1e6))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.fullmatch("False it would pay, but .*Python.h: No such file\n", result.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder that nobody can write to")
+def test_compiling_without_a_folder_to_compile_in(train, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")
+    result = train.finish(train.start(*SMALL, *train.data, "compile=true"))
+    refused(result, "compile=true", "/proc", "TORCHINDUCTOR_CACHE_DIR=")
 
 
 def test_files_of_others_are_left_alone(train, tmp_path):
