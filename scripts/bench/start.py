@@ -76,7 +76,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "tokens_per_second": None,
         "model_flops_utilization": None,
-        "ratios": {logger: measure.median_ratio(seconds[logger], seconds[IMPORTS]) for logger in args.loggers},
+        "ratios": {"imports": [measure.median_ratio(seconds[logger], seconds[IMPORTS]) for logger in args.loggers]},
         "heavy": heavy,
         "rows": rows,
     }
