@@ -19,7 +19,9 @@ DESCRIPTION = """Tokens per second of greedy decoding over a filled cache.
 
 Ours is MLA, absorbed, through its latent cache. transformers is DeepseekV3 with the same weights and the same cached
 latents. MHA is ours, with as many parameters. Each makes tokens by its own `generate`, given the cache; transformers'
-model is also stepped through its cache without generate. Weights and caches have the precision named.
+model is also stepped through its cache without generate. Weights and caches have the precision named. "of the bytes'
+time" is how long the weights and the cache of our step take to be read, at the rate of a large sum in the same round,
+over how long the step takes: 1 where memory is the limit, more where a CPU's own caches hold some of them.
 """
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MLA = TransformerConfig(
@@ -32,6 +34,7 @@ MLA = TransformerConfig(
 )
 MHA = replace(MLA, attention=AttentionConfig(), ff_hidden=880)  # as many parameters
 PEERS = ("transformers", "transformers' steps", "mha")
+LARGE = 2**30  # bytes that no cache holds
 PREFILLED = 512  # tokens that are really read; longer caches repeat what is stored of them
 
 
@@ -76,6 +79,12 @@ class Ours:
         self.cache = model.new_cache(batch, context + room)
         for layer, stored in zip(self.cache.layers, entries(model, context), strict=True):
             layer.append(*(tensor.expand(batch, -1, -1, -1) for tensor in stored))
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the weights and the cache, in a step at the end of the context."""
+        weights = sum(p.nbytes for name, p in self.model.named_parameters() if not name.startswith("embedding."))
+        return weights + sum(t[:, :, : self.context].nbytes for layer in self.cache.layers for t in layer.tensors)
 
     def decode(self, prompts: Tensor, count: int) -> Tensor:
         """(B, count) ids that follow the prompts, (B, context + 1); the cache is then as it was."""
@@ -175,13 +184,17 @@ def decoded(precision: str, batch: int, context: int, repeats: int, device: str,
         name: lambda decode=decode: measure.seconds_of(lambda: decode(prompts, count), device)
         for name, decode in contenders.items()
     }
+    large = torch.ones(LARGE // 4, device=device)
+    turns["memory"] = lambda: measure.seconds_of(large.sum, device)
     seconds = measure.interleaved(turns, repeats)
+    steps_in_large = LARGE / ours.bytes_read
     return {
         "precision": precision,
         "batch": batch,
         "context": context,
         "tokens/s": batch * count / median(seconds["ours"]),
         **{f"over {peer}": measure.median_ratio(seconds[peer], seconds["ours"]) for peer in PEERS},
+        "of the bytes' time": count / steps_in_large * measure.median_ratio(seconds["memory"], seconds["ours"]),
         "same tokens": same,
         "cache MiB": ours.cache.nbytes / 2**20,
         "mha MiB": of_mha.cache.nbytes / 2**20,

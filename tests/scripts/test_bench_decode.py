@@ -41,6 +41,7 @@ def test_rows_and_ratios(tiny, tmp_path):
     for peer in ("transformers", "mha"):
         assert figures["ratios"][peer] == [row[f"over {peer}"] for row in rows[:2]]
     assert all(row[f"over {peer}"] > 0 for row in rows for peer in decode.PEERS)
+    assert all(row["of the bytes' time"] > 0 for row in rows)
     assert figures["tokens_per_second"] == [row["tokens/s"] for row in rows[:2]]
     assert rows[3]["cache MiB"] == rows[1]["cache MiB"] / 2  # one sequence, not two
     assert "over transformers" in result.stdout
@@ -82,6 +83,16 @@ def test_their_cache_is_what_they_would_have_stored(tiny):
     for decoded in (given.decode, given.step):
         assert torch.equal(decoded(prompts, 5), decode.Ours(model, 2, 20, 5).decode(prompts, 5))
         assert all(torch.equal(a, layer.keys) for a, layer in zip(before, given.cache.layers, strict=True))
+
+
+def test_bytes_of_a_step(tiny):
+    """Each weight once, the embedding's not, the head's though it is the same matrix; the cache without its room."""
+    model = Transformer(replace(decode.MLA, seq_len=32)).eval()
+    size = model_size(model.config)
+    weights = size.parameters - TINY["vocab_size"] * TINY["d_model"] + model.head.weight.numel()
+    with torch.no_grad():
+        given = decode.Ours(model, batch=3, context=20, room=5)
+    assert given.bytes_read == 4 * (weights + TINY["num_layers"] * 3 * 20 * (16 + 16))
 
 
 def test_mha_has_as_many_parameters():
