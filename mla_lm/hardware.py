@@ -97,7 +97,8 @@ def cpp_compiler() -> str:
 def compiler_failure(device: str) -> str | None:
     """Why torch.compile does not work here, in a line, found by compiling one operation; None where it does.
 
-    A compiler that is there may still lack Python's headers, or a folder for what it makes.
+    A compiler that is there may still lack Python's headers, or a folder for what it makes. (Where torch has kept what
+    it made of this operation before, that is found and not the compiler.)
     """
     if device == "cpu" and shutil.which(cpp_compiler()) is None:
         return f"there is no C++ compiler {cpp_compiler()}"
@@ -105,16 +106,17 @@ def compiler_failure(device: str) -> str | None:
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except (RuntimeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return next((line for line in lines if "error:" in line), lines[0])
+        return next((line for line in lines if "error:" in line), " ".join(lines))
     return None
 
 
 def check_compiler(device: str, option: str) -> None:
     """Raises UserError where the option asks for compiling and torch.compile does not work."""
     if failure := compiler_failure(device):
+        compiler = " a C++ compiler by CXX=," if device == "cpu" else ""
         raise UserError(
             f"{option}, but torch.compile does not work here: {failure}\n"
-            "  Leave the option out, or name a compiler by CXX=, a folder for its work by TORCHINDUCTOR_CACHE_DIR="
+            f"  Leave the option out, or name{compiler} a folder for its work by TORCHINDUCTOR_CACHE_DIR="
         )
 
 

@@ -81,7 +81,7 @@ def main() -> None:
     if different:
         table = f"{caption(runs)}\n\n{table}"
     if len({run.figures["tokens_seen"] for run in runs}) > 1:
-        table += "\n\nThese runs have not seen as many tokens each: what sets them apart may be that alone."
+        table += "\n\nThese runs have seen different numbers of tokens, which may be all that sets them apart."
     print(table)
     if args.out:
         from scripts.plot import plot  # needs matplotlib, which the table does not

@@ -90,8 +90,6 @@ def main() -> None:
 
 def check(args: argparse.Namespace, device: str) -> None:
     """Raises UserError for an option that cannot be, before anything is loaded."""
-    if args.compile:
-        check_compiler(device, "--compile")
     check_sampling(**sampling_of(args))
     if args.max_tokens < 1:
         raise UserError(f"--max-tokens {args.max_tokens} must be at least 1")
@@ -99,6 +97,8 @@ def check(args: argparse.Namespace, device: str) -> None:
         raise UserError(f"--seed {args.seed} must be at least 0 and below 2**32")
     if "" in args.stop:
         raise UserError("--stop needs a text that is not empty")
+    if args.compile:
+        check_compiler(device, "--compile")
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ constexpr int LANES = 16, MOST_ROWS = 6, KEYS = 4;  // rows x keys sums live in 
 constexpr int LANES = 8, MOST_ROWS = 4, KEYS = 2;  // 8 of 16
 #endif
 constexpr int BLOCK = 64;   // keys whose scores are held at once: their bytes stay in the first cache
+static_assert(BLOCK % LANES == 0 && BLOCK % 2 == 0);
 constexpr int CHUNK = 256;  // keys that one thread takes; not a matter of threads, so that results are not either
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -92,7 +93,7 @@ struct Part {
 };
 
 template <int ROWS, int COUNT, typename T>
-static inline void score(const float* q, const T* k, long stride, int dim, float (*scores)[BLOCK], int at) {
+static inline void score(const T* q, const T* k, long stride, int dim, float (*scores)[BLOCK], int at) {
     Floats sums[ROWS][COUNT] = {};
     for (int d = 0; d < dim; d += LANES)
         for (int j = 0; j < COUNT; j++) {
@@ -127,8 +128,7 @@ static inline void add_all_values(const float (*weights)[BLOCK], const T* v, lon
 }
 
 #ifdef __AVX512BF16__
-// With instructions that multiply two bf16 of a lane and add both products to it. q and the weights are rounded for
-// them, as a product of bf16 matrices would have them.
+// With instructions that multiply two bf16 of a lane and add both products to it. The weights are rounded for them.
 constexpr int PAIRS = 2 * LANES;
 
 template <bool WHOLE>
@@ -137,8 +137,8 @@ static inline __m512bh load_pairs(const uint16_t* from) {  // not whole: LANES o
     return (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)from));
 }
 
-static void round_to_bf16(const float* from, uint16_t* to, long size) {
-    for (long i = 0; i < size; i += LANES)
+static inline void round_to_bf16(const float* from, uint16_t* to, int size) {
+    for (int i = 0; i < size; i += LANES)
         _mm256_storeu_si256((__m256i*)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
 }
 
@@ -175,7 +175,7 @@ static inline void add_values(const uint16_t (*weights)[BLOCK], const uint16_t* 
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < WIDTH; c++) sums[r][c] = load(out + r * dim + c * LANES);
     for (int j = 0; j < keys; j += 2) {
-        const uint16_t *at = v + j * stride, *next = j + 1 < keys ? at + stride : at;  // whose weight is nothing then
+        const uint16_t *at = v + j * stride, *next = j + 1 < keys ? at + stride : at;  // past the last: weight e^-87
         __m512bh values[2 * COUNT];
         for (int c = 0; c < COUNT; c++) {
             const __m512i a = (__m512i)load_pairs<WHOLE>(at + c * PAIRS), b = (__m512i)load_pairs<WHOLE>(next + c * PAIRS);
@@ -198,7 +198,7 @@ static inline void add_all_values(const float (*weights)[BLOCK], const uint16_t*
                                   int dim) {
     constexpr int COUNT = ROWS > 3 ? 1 : 2;  // sums that depend on no other, and fit into the registers
     uint16_t rounded[ROWS][BLOCK];
-    round_to_bf16(weights[0], rounded[0], ROWS * BLOCK);
+    for (int r = 0; r < ROWS; r++) round_to_bf16(weights[r], rounded[r], BLOCK);
     int d = 0;
     for (; d + COUNT * PAIRS <= dim; d += COUNT * PAIRS)
         add_values<true, ROWS, COUNT>(rounded, v + d, stride, keys, out + d, dim);
@@ -227,8 +227,8 @@ static void to_weights(float (*scores)[BLOCK], int keys, Part part, int value_di
     }
 }
 
-template <int ROWS, typename Q, typename T>
-static void attend_block(const Q* q, const T* k, long k_stride, const T* v, long v_stride, int keys, int dim,
+template <int ROWS, typename T>
+static void attend_block(const T* q, const T* k, long k_stride, const T* v, long v_stride, int keys, int dim,
                          int value_dim, Part part) {
     float scores[ROWS][BLOCK];
     int j = 0;
@@ -238,13 +238,13 @@ static void attend_block(const Q* q, const T* k, long k_stride, const T* v, long
     add_all_values<ROWS>(scores, v, v_stride, keys, part.out, value_dim);
 }
 
-template <typename Q, typename T>
-static void attend_rows(int rows, const Q* q, const T* k, long k_stride, const T* v, long v_stride, int keys,
+template <typename T>
+static void attend_rows(int rows, const T* q, const T* k, long k_stride, const T* v, long v_stride, int keys,
                         int dim, int value_dim, Part part) {
-    static decltype(&attend_block<1, Q, T>) const blocks[] = {
-        attend_block<1, Q, T>, attend_block<2, Q, T>, attend_block<3, Q, T>, attend_block<4, Q, T>,
+    static decltype(&attend_block<1, T>) const blocks[] = {
+        attend_block<1, T>, attend_block<2, T>, attend_block<3, T>, attend_block<4, T>,
 #ifdef __AVX512F__
-        attend_block<5, Q, T>, attend_block<6, Q, T>,
+        attend_block<5, T>, attend_block<6, T>,
 #endif
     };
     blocks[rows - 1](q, k, k_stride, v, v_stride, keys, dim, value_dim, part);
@@ -255,8 +255,8 @@ struct Sizes {
     long k_batch, k_head, k_key, v_batch, v_head, v_key;  // strides
 };
 
-template <typename Q, typename T>
-static void attend_chunk(const Q* q, const T* k, const T* v, const Sizes& n, long keys, Part part) {
+template <typename T>
+static void attend_chunk(const T* q, const T* k, const T* v, const Sizes& n, long keys, Part part) {
     for (long r = 0; r < n.rows; r++) part.most[r] = -INFINITY, part.total[r] = 0;
     memset(part.out, 0, n.rows * n.value_dim * sizeof(float));
     const long tiles = (n.rows + MOST_ROWS - 1) / MOST_ROWS, tile = (n.rows + tiles - 1) / tiles;  // as equal as can be
@@ -286,8 +286,8 @@ static void put_together(const std::vector<Part>& parts, const Sizes& n, float* 
     }
 }
 
-template <typename Q, typename T>
-static void attend(const Q* q, const T* k, const T* v, const Sizes& n, float* out) {
+template <typename T>
+static void attend(const T* q, const T* k, const T* v, const Sizes& n, float* out) {
     const long chunks = (n.keys + CHUNK - 1) / CHUNK, heads = n.batch * n.heads, width = n.rows * (n.value_dim + 2);
     std::unique_ptr<float[]> memory(new float[heads * chunks * width]);
     auto part = [&](long head, long chunk) {
@@ -317,13 +317,6 @@ extern "C" void attend_fp32(const float* q, const float* k, const float* v, cons
     attend(q, k, v, *n, out);
 }
 
-extern "C" void attend_bf16(const float* q, const uint16_t* k, const uint16_t* v, const Sizes* n, float* out) {
-#ifdef __AVX512BF16__
-    const long size = n->batch * n->heads * n->rows * n->dim;
-    std::unique_ptr<uint16_t[]> rounded(new uint16_t[size]);
-    round_to_bf16(q, rounded.get(), size);
-    attend(rounded.get(), k, v, *n, out);
-#else
+extern "C" void attend_bf16(const uint16_t* q, const uint16_t* k, const uint16_t* v, const Sizes* n, float* out) {
     attend(q, k, v, *n, out);
-#endif
 }

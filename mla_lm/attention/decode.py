@@ -28,20 +28,19 @@ Sizes = ctypes.c_long * 12  # batch, heads, rows, keys, dim, value_dim; strides 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether this is for the kernel: a compiled step, whose compiler can make the kernel too, with one query."""
     inference = torch.compiler.is_compiling() and not torch.is_grad_enabled() and q.size(2) == 1
-    known = k.device.type == "cpu" and k.dtype in DTYPES
+    known = k.device.type == "cpu" and q.dtype == k.dtype in DTYPES
     return inference and known and k.size(3) % LANES == v.size(3) % LANES == 0
 
 
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T) v, each query seeing every key.
 
-    Sums are of fp32. On a CPU with products of bf16, q and the weights are rounded to it where k and v are of it, as
-    PyTorch's kernel does.
+    Sums are of fp32; in bf16 on a CPU with products of bf16 the weights are rounded to it, as PyTorch's kernel does.
 
     Args:
-        q: (B, H_kv, rows, D) fp32, scaled
-        k: (B, H_kv, S, D) fp32 or bf16
-        v: (B, H_kv, S, D_v) of the same dtype
+        q: (B, H_kv, rows, D) fp32 or bf16, scaled
+        k: (B, H_kv, S, D) of the same dtype
+        v: (B, H_kv, S, D_v) likewise
 
     Returns:
         (B, H_kv, rows, D_v) fp32
@@ -58,7 +57,7 @@ def _attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _empty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.size(3))
+    return q.new_empty(*q.shape[:3], v.size(3), dtype=torch.float32)
 
 
 # Not by `torch.library.custom_op`, which adds 10 microseconds to a call that takes 50.

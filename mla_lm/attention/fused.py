@@ -30,7 +30,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if queries == keys and stores_scores(q.device.type, q.dtype, keys):
         return _plain(q, k, v, scale)
     if decode.takes(q, k, v):
-        return decode.attend_to_all((_rows(q, k) * scale).float(), k, v).to(q.dtype).reshape(*q.shape[:3], -1)
+        return decode.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
     dim, value_dim = q.size(-1), v.size(-1)
     if value_dim < dim:
         v = F.pad(v, (0, dim - value_dim))

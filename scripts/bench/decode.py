@@ -187,14 +187,14 @@ def decoded(precision: str, batch: int, context: int, repeats: int, device: str,
     large = torch.ones(LARGE // 4, device=device)
     turns["memory"] = lambda: measure.seconds_of(large.sum, device)
     seconds = measure.interleaved(turns, repeats)
-    steps_in_large = LARGE / ours.bytes_read
+    share = count * ours.bytes_read / LARGE * measure.median_ratio(seconds["memory"], seconds["ours"])
     return {
         "precision": precision,
         "batch": batch,
         "context": context,
         "tokens/s": batch * count / median(seconds["ours"]),
         **{f"over {peer}": measure.median_ratio(seconds[peer], seconds["ours"]) for peer in PEERS},
-        "of the bytes' time": count / steps_in_large * measure.median_ratio(seconds["memory"], seconds["ours"]),
+        "of the bytes' time": share,
         "same tokens": same,
         "cache MiB": ours.cache.nbytes / 2**20,
         "mha MiB": of_mha.cache.nbytes / 2**20,

@@ -12,7 +12,7 @@ from mla_lm.attention import decode as kernel
 from mla_lm.flops import model_size
 from mla_lm.generate import generate
 from scripts.bench import __main__ as bench
-from scripts.bench import decode
+from scripts.bench import decode, measure
 from tests.conftest import call_main, refused, succeeded
 
 TINY = {"num_layers": 2, "d_model": 48, "ff_hidden": 64, "vocab_size": 61}
@@ -23,6 +23,7 @@ def tiny(monkeypatch):
     attention = AttentionConfig(kv_compressed_dim=16, rope_dim=16, nope_dim=4, value_dim=8)
     monkeypatch.setattr(decode, "MLA", replace(decode.MLA, **TINY, attention=attention))
     monkeypatch.setattr(decode, "MHA", replace(decode.MHA, **TINY))
+    monkeypatch.setattr(decode, "LARGE", 2**20)
 
 
 def call(folder, *arguments):
@@ -41,7 +42,6 @@ def test_rows_and_ratios(tiny, tmp_path):
     for peer in ("transformers", "mha"):
         assert figures["ratios"][peer] == [row[f"over {peer}"] for row in rows[:2]]
     assert all(row[f"over {peer}"] > 0 for row in rows for peer in decode.PEERS)
-    assert all(row["of the bytes' time"] > 0 for row in rows)
     assert figures["tokens_per_second"] == [row["tokens/s"] for row in rows[:2]]
     assert rows[3]["cache MiB"] == rows[1]["cache MiB"] / 2  # one sequence, not two
     assert "over transformers" in result.stdout
@@ -93,6 +93,14 @@ def test_bytes_of_a_step(tiny):
     with torch.no_grad():
         given = decode.Ours(model, batch=3, context=20, room=5)
     assert given.bytes_read == 4 * (weights + TINY["num_layers"] * 3 * 20 * (16 + 16))
+
+
+def test_share_of_the_bytes_time(tiny, tmp_path, monkeypatch):
+    """32 steps take as long as reading a MiB: so many of their bytes are a share of it."""
+    monkeypatch.setattr(measure, "interleaved", lambda turns, repeats: {name: [3.0] for name in turns})
+    monkeypatch.setattr(decode.Ours, "bytes_read", 2**12)
+    succeeded(call(tmp_path, "--context", "20", "--batch", "1", "--precision", "fp32", "--json", "out.json"))
+    assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["of the bytes' time"] == 32 * 2**12 / 2**20
 
 
 def test_mha_has_as_many_parameters():
