@@ -59,6 +59,11 @@ class Continuation:
             self._window, self._whole, self._length = self._whole, len(self.ids), len(self.text)
 
     @property
+    def stored(self) -> int:
+        """Tokens to be stored for it as it is, the end-of-text token before it included."""
+        return len(self.ids) + 1
+
+    @property
     def settled(self) -> str:
         """All but what later tokens may change: a character that is not whole, and the beginning of a stop string."""
         text = self.text.rstrip(NOT_WHOLE)
@@ -130,8 +135,8 @@ class Decoding:
 
     @property
     def full(self) -> bool:
-        """Whether a text has come to the model's seq_len, the end-of-text token before it included."""
-        return any(len(text.ids) + 1 == self.seq_len for text in self.texts)
+        """Whether a text has come to the model's seq_len."""
+        return any(text.stored == self.seq_len for text in self.texts)
 
     @property
     def new(self) -> int:
@@ -145,8 +150,8 @@ class Decoding:
 
     @property
     def stored(self) -> int:
-        """Tokens to be stored for the texts as they are, each with the end-of-text token before it."""
-        return sum(len(text.ids) + 1 for text in self.texts)
+        """Tokens to be stored for the texts as they are."""
+        return sum(text.stored for text in self.texts)
 
     @property
     def cache_bytes(self) -> int:

@@ -16,7 +16,7 @@ constexpr int LANES = 16, MOST_ROWS = 6, KEYS = 4;  // rows x keys sums live in 
 #else
 constexpr int LANES = 8, MOST_ROWS = 4, KEYS = 2;  // 8 of 16
 #endif
-constexpr int BLOCK = 64;   // keys whose scores are held at once: their bytes stay in the first cache
+constexpr int BLOCK = 32;   // keys whose scores are held at once: their bytes stay in the first cache
 static_assert(BLOCK % LANES == 0 && BLOCK % 2 == 0);
 constexpr int CHUNK = 256;  // keys that one thread takes; not a matter of threads, so that results are not either
 
