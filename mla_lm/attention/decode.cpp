@@ -274,7 +274,7 @@ static void attend_chunk(const T* q, const T* k, const T* v, const Sizes& n, lon
 static void put_together(const std::vector<Part>& parts, const Sizes& n, float* out) {
     for (long r = 0; r < n.rows; r++) {
         float most = -INFINITY, total = 0;
-        for (const Part& part : parts) most = part.most[r] > most ? part.most[r] : most;
+        for (const Part& part : parts) most = LARGER(most, part.most[r]);
         float* sums = out + r * n.value_dim;
         memset(sums, 0, n.value_dim * sizeof(float));
         for (const Part& part : parts) {

@@ -1,7 +1,6 @@
 """Attention of one new token to a cache, by a C++ kernel of our own (decode.cpp), for compiled steps on a CPU.
 
-PyTorch's fused kernel has no use for a key that many query heads share: with six rows of queries over one key, as in
-absorbed MLA, it takes about twice as long.
+PyTorch's fused kernel has no use for a key that many query heads share, as in absorbed MLA.
 """
 
 import ctypes
@@ -21,7 +20,7 @@ from mla_lm.errors import UserError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LANES = 16  # what head sizes must be a multiple of
-DTYPES = (torch.float32, torch.bfloat16)  # of keys and values
+DTYPES = (torch.float32, torch.bfloat16)  # of q, k and v
 Sizes = ctypes.c_long * 12  # batch, heads, rows, keys, dim, value_dim; strides of k, then of v, but for the last
 
 
