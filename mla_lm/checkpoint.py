@@ -1,41 +1,12 @@
-"""Checkpoints on disk: plain data, whole or not at all."""
+"""Checkpoints on disk: plain data."""
 
-import contextlib
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from mla_lm.errors import UserError
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write(file)` on a binary temporary file beside `path`, then put it in the place of `path` at once.
-
-    Whoever reads `path`, whenever the process is killed, finds the old content or the new, never a part.
-
-    Raises:
-        UserError: it cannot be written, for want of room or rights; the old content is still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the new name is on disk only when the folder is
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's word for a full disk
-        raise UserError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig
 from mla_lm.errors import UserError
+from mla_lm.files import write_atomically
 from mla_lm.run import RunFolder
 
 WANDB_MODES = ("online", "offline", "dryrun", "disabled")

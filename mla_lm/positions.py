@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from mla_lm.attention import YarnConfig
-from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig
 from mla_lm.evaluate import position_table, ranges, sums_over
+from mla_lm.files import write_atomically
 from mla_lm.hardware import inference_autocast
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.run import RunFolder

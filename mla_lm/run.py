@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 from yaml import YAMLError
 
-from mla_lm.checkpoint import load_checkpoint, write_atomically
+from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
 from mla_lm.data.tokenizer import load_tokenizer
 from mla_lm.errors import UserError
+from mla_lm.files import whole_folder, write_atomically
 from mla_lm.transformer import Transformer
 
 
@@ -202,29 +202,3 @@ def write_model(path: Path, config: TrainConfig, tokenizer: Tokenizer, checkpoin
         write_atomically(run.last, lambda file: torch.save(checkpoint, file))
         run.write_tokenizer(tokenizer)
         run.write_config(config)
-
-
-def check_free(path: Path) -> None:
-    """Raises UserError where there is something that a new folder would write over."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is not empty: give a folder that is new or empty")
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write into, which takes the place of `path` at once, whole or not at all.
-
-    Raises:
-        UserError: there is something in `path`, or it cannot be written.
-    """
-    check_free(path)
-    path = path.absolute()
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        os.rename(draft, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -18,9 +18,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from mla_lm.callbacks import Metrics, log
-from mla_lm.checkpoint import load_checkpoint, write_atomically
+from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
 from mla_lm.errors import Interrupted
+from mla_lm.files import write_atomically
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.run import RunFolder
 

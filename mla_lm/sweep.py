@@ -20,9 +20,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
 from mla_lm import cli
-from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig, differing
 from mla_lm.errors import Interrupted, UserError
+from mla_lm.files import write_atomically
 from mla_lm.run import RunFolder
 
 # key of summary.json, heading, format

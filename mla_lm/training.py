@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 
 from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
-from mla_lm.checkpoint import load_checkpoint, write_atomically
+from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig, config_hash
 from mla_lm.data.datamodule import TextDataModule
 from mla_lm.data.store import TokenStore, open_store
 from mla_lm.data.tokenizer import load_tokenizer, token_bytes, vocabulary_size
 from mla_lm.errors import Interrupted, TrainingFailed, UserError
+from mla_lm.files import write_atomically
 from mla_lm.flops import model_size
 from mla_lm.hardware import (
     DTYPES,

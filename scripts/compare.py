@@ -13,9 +13,9 @@ from statistics import mean, stdev
 from typing import Any
 
 from mla_lm import cli
-from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig, differing, flatten
 from mla_lm.errors import UserError
+from mla_lm.files import write_atomically
 from mla_lm.flops import model_size
 from mla_lm.run import RunFolder, find_run
 

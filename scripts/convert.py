@@ -21,9 +21,10 @@ from mla_lm.data.tokenizer import token_bytes
 from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
 from mla_lm.evaluate import metrics_of, sums_over
+from mla_lm.files import check_free
 from mla_lm.flops import model_size
 from mla_lm.hardware import DTYPES
-from mla_lm.run import check_free, find_best, load_run, write_model
+from mla_lm.run import find_best, load_run, write_model
 from mla_lm.transformer import Transformer
 from scripts.evaluate import tokens_of_files, tokens_of_split
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from mla_lm import cli
 from mla_lm.attention.cache import CACHE_DTYPES
-from mla_lm.checkpoint import load_checkpoint, write_atomically
+from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
 from mla_lm.data.shards import Tokens
 from mla_lm.data.sources import SPLITS, find_files
@@ -24,6 +24,7 @@ from mla_lm.data.text_files import check_format, read_file
 from mla_lm.data.tokenizer import encode, end_of_text_id, token_bytes
 from mla_lm.errors import UserError
 from mla_lm.evaluate import SlidingWindows, evaluate, losses, metrics_of, position_table
+from mla_lm.files import write_atomically
 from mla_lm.hardware import choose_accelerator, inference_autocast
 from mla_lm.run import find_best, load_run
 

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 
-from mla_lm.checkpoint import load_checkpoint, write_atomically
+from mla_lm.checkpoint import load_checkpoint
 from mla_lm.errors import UserError
+from mla_lm.files import write_atomically
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
@@ -33,7 +34,7 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path):
     script = textwrap.dedent("""
         import sys, torch
         from pathlib import Path
-        from mla_lm.checkpoint import write_atomically
+        from mla_lm.files import write_atomically
         number = 0
         while True:
             state = {"state_dict": {"w": torch.full((500_000,), float(number))}, "number": number}

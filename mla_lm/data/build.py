@@ -12,7 +12,6 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from mla_lm.checkpoint import write_atomically
 from mla_lm.data.config import TokenizerConfig
 from mla_lm.data.hashes import hash_file
 from mla_lm.data.shards import ShardWriter
@@ -27,6 +26,7 @@ from mla_lm.data.tokenizer import (
     vocabulary_size,
 )
 from mla_lm.errors import UserError
+from mla_lm.files import write_atomically
 
 SHARD_TOKENS = 2**27
 BATCH_CHARACTERS = 2**20  # tokenized at once, on all cores, in up to a few hundred MB of memory

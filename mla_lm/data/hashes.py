@@ -6,8 +6,8 @@ from pathlib import Path
 
 import xxhash
 
-from mla_lm.checkpoint import write_atomically
 from mla_lm.errors import UserError
+from mla_lm.files import write_atomically
 
 
 def hash_text(*parts: str) -> str:

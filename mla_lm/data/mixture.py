@@ -8,13 +8,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from mla_lm.checkpoint import write_atomically
 from mla_lm.data.config import CorpusConfig, DataConfig, in_part
 from mla_lm.data.hashes import hash_text
 from mla_lm.data.sources import SPLITS, Source, open_source
 from mla_lm.data.store import VERSION, TokenStore, open_store, sole_writer
 from mla_lm.data.tokenizer import build_tokenizer, load_tokenizer
 from mla_lm.errors import UserError
+from mla_lm.files import write_atomically
 
 MOST_PASSES = 20  # over a small part for the tokenizer, which learns little from more
 

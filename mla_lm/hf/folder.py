@@ -13,10 +13,11 @@ from torch import Tensor
 from mla_lm.config import TrainConfig
 from mla_lm.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 from mla_lm.errors import UserError
+from mla_lm.files import check_free, whole_folder
 from mla_lm.hf.card import model_card
 from mla_lm.hf.config import from_json, to_json
 from mla_lm.hf.weights import from_transformers, to_transformers
-from mla_lm.run import RunFolder, check_free, find_best, load_run, whole_folder, write_model
+from mla_lm.run import RunFolder, find_best, load_run, write_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

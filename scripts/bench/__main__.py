@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from mla_lm import cli
-from mla_lm.checkpoint import write_atomically
+from mla_lm.files import write_atomically
 from scripts.bench import checkpoint, crossover, decode, loader, shakespeare, start, train
 from scripts.bench.measure import setup
 from scripts.compare import markdown

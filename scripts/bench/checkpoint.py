@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig
+from mla_lm.files import write_atomically
 from mla_lm.hardware import choose_precision, inference_autocast, synchronize
 from mla_lm.optim import build_optimizer
 from mla_lm.saving import BackgroundCheckpointIO

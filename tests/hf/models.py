@@ -8,10 +8,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
 from mla_lm.attention.rope import YarnConfig
-from mla_lm.checkpoint import write_atomically
 from mla_lm.config import TrainConfig
 from mla_lm.data.config import TokenizerConfig
 from mla_lm.data.tokenizer import build_tokenizer
+from mla_lm.files import write_atomically
 from mla_lm.run import RunFolder
 
 disable_progress_bar()

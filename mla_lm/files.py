@@ -1,0 +1,139 @@
+"""Files and folders on disk: whole or not at all, and private where code is loaded from them."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from mla_lm.errors import UserError
+
+
+class _Recorder:
+    """A binary file that remembers what the operating system said, for writers that put it into words of their own."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Call `write(file)` on a binary temporary file beside `path`, then put it in the place of `path` at once.
+
+    Whoever reads `path`, whenever the process is killed, finds the old content or the new, never a part. The
+    temporary file is new, with a name that nobody can guess, so no link that somebody else has made is followed.
+
+    Raises:
+        UserError: it cannot be written, for want of room or rights; the old content is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        make_folder(path.parent)
+        with open(temporary, "xb") as file:
+            recorder = _Recorder(file)
+            try:
+                write(recorder)
+            except RuntimeError as error:  # torch.save's word for whatever went wrong with the file
+                raise recorder.error or error from error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} cannot be written: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, and see that they are on the disk; nothing happens where it is there."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """A new name in a folder is on the disk only when the folder is."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def private_folder(path: Path) -> Path:
+    """A folder that nobody else can read or write, made where it is not there; for what is run or kept secret.
+
+    Raises:
+        UserError: it belongs to another user, others can write it, or it cannot be made.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be made: {error.strerror}") from error
+    return path
+
+
+def check_private(path: Path) -> None:
+    """Raises UserError where a file or folder, or what a link stands for, is another user's or others can write it."""
+    status = path.stat()
+    if status.st_uid != os.getuid():
+        raise UserError(f"{path} belongs to another user, so nothing in it is used: remove it, or name another place")
+    if stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(f"{path} can be written by others, so nothing in it is used: chmod go-w {path}")
+
+
+def check_free(path: Path) -> None:
+    """Raises UserError where there is something that a new folder would write over."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is not empty: give a folder that is new or empty")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into, which takes the place of `path` at once, whole or not at all.
+
+    Raises:
+        UserError: there is something in `path`, or it cannot be written.
+    """
+    check_free(path)
+    path = path.absolute()
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        make_folder(path.parent)
+        draft.mkdir()
+        yield draft
+        _sync_tree(draft)
+        os.rename(draft, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = os.open(os.path.join(root, name), os.O_RDONLY)
+            os.fsync(file)
+            os.close(file)
+        sync_folder(Path(root))
