@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
@@ -18,8 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from mla_lm import cli, sweep
 from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
 from mla_lm.errors import TrainingFailed, UserError
-from mla_lm.resume import resumed_config, started_config
+from mla_lm.resume import different_keys, resumed_config, started_config
 from mla_lm.run import RunFolder, find_run
+from mla_lm.start import named_start, newest_start
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
@@ -57,40 +59,54 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
         sweep.label(config, HydraConfig.get())
     if config.ckpt_path and config.init_from:
         raise UserError("ckpt_path goes on with a run, init_from begins a new one: give one of them")
-    checkpoint = None
-    if config.ckpt_path:
+    goes_on, checkpoint = bool(config.ckpt_path), None
+    if goes_on:
         run, checkpoint = find_run(config.ckpt_path)
-        if not checkpoint.is_file() and not run.is_begun:
-            raise UserError(f"{run.path} stopped before its first checkpoint: begin it again, hydra.run.dir={run.path}")
         config = resumed_config(config, run, overrides)
     elif config.init_from:
         config = started_config(config, find_run(config.init_from)[0], overrides)
     config.check()
-    if config.world_size > 1 and multirun:
-        raise UserError("a multirun trains on one device: start one command for each run with trainer.devices above 1")
-    if "TORCHELASTIC_RUN_ID" in os.environ and not any(a.startswith("hydra.run.dir=") for a in sys.argv):
-        raise UserError("under torchrun all processes need one run folder: give hydra.run.dir=FOLDER")
+    check_launch(config, multirun, goes_on)
 
     from mla_lm.training import train  # lightning and torch.compile: not needed to refuse a mistake
 
-    if not is_first_process():
-        return train(config, run, checkpoint)
-    with run.lock():
-        if multirun and sweep.is_same_run(config, run):  # a stopped sweep goes on
-            if run.summary().get("finished"):
+    with run.lock() if is_first_process() else nullcontext():
+        if goes_on:
+            start = named_start(checkpoint) if checkpoint else newest_start(run)
+            if start is None:
+                raise UserError(
+                    f"{run.path} stopped before its first checkpoint: begin it again, hydra.run.dir={run.path}"
+                )
+            return train(config, run, start)
+        start, key = None, "hydra.sweep.dir" if multirun else "hydra.run.dir"
+        if (multirun or config.run.resume) and run.config_file.is_file():
+            if different := different_keys(config, run):
+                refuse_to_write_over(run, key, f", with another {' and '.join(different[:3])}")
+            if run.is_finished:
                 print(f"skipped     {run.path}: it has finished")
                 return run.summary()["val_loss"]
-            checkpoint = run.last if run.last.is_file() else None
-        if not checkpoint:
-            refuse_to_write_over(run, "hydra.sweep.dir" if multirun else "hydra.run.dir")
-        return train(config, run, checkpoint)
+            start = newest_start(run)
+        if not start and is_first_process():
+            refuse_to_write_over(run, key)
+        return train(config, run, start)
 
 
-def refuse_to_write_over(run: RunFolder, key: str) -> None:
+def check_launch(config: TrainConfig, multirun: bool, goes_on: bool) -> None:
+    """Raises UserError where the processes that were started, or their folder, do not fit what they are to do."""
+    named = any(argument.startswith("hydra.run.dir=") for argument in sys.argv)
+    if config.world_size > 1 and multirun:
+        raise UserError("a multirun trains on one device: start one command for each run with trainer.devices above 1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and not named:
+        raise UserError("under torchrun all processes need one run folder: give hydra.run.dir=FOLDER")
+    if config.run.resume and not (named or multirun or goes_on):
+        raise UserError("run.resume=auto needs to know which run to go on with: give hydra.run.dir=FOLDER")
+
+
+def refuse_to_write_over(run: RunFolder, key: str, how: str = "") -> None:
     """Raises UserError where the folder of a new run, set by `key`, holds another run, or files that are no run's."""
     if run.is_begun:
         raise UserError(
-            f"{run.path} already holds a run: ckpt_path={run.path} goes on with it, another {key} begins a new one"
+            f"{run.path} already holds a run{how}: ckpt_path={run.path} goes on with it, another {key} begins a new one"
         )
     if foreign := run.foreign_files():
         raise UserError(f"{run.path} has {', '.join(foreign)}, which a run would write over: choose another {key}")

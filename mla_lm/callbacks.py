@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 
 from mla_lm.columns import printable
 from mla_lm.config import TrainConfig
@@ -18,12 +19,14 @@ from mla_lm.errors import UserError
 from mla_lm.generate import generate
 from mla_lm.hardware import DTYPES, inference_autocast, peak_memory_bytes
 from mla_lm.lightning_module import LanguageModel
+from mla_lm.loggers import never_fatal
 
 
 def log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
     """Send metrics to metrics.jsonl and to the chosen logger."""
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, trainer.global_step)
+        with never_fatal(logger):
+            logger.log_metrics(metrics, trainer.global_step)
 
 
 class Metrics(Callback):
@@ -94,6 +97,8 @@ class Metrics(Callback):
             "train/tokens": step * self.config.tokens_per_step,
             "memory/peak_mib": peak_memory_bytes(module.device.type) / 2**20,
         }
+        if self.config.on_nonfinite == "skip":
+            metrics["train/skipped_steps"] = module.skipped
         now = time.perf_counter()
         if self.mark:
             rate = (step - self.mark[0]) * self.config.tokens_per_step / (now - self.mark[1])
@@ -138,11 +143,16 @@ class Samples(Callback):
         for prompt, text in rows:
             say("  | " + "\n  | ".join(map(printable, (prompt + text).expandtabs(4).split("\n"))))
         for logger in trainer.loggers:
-            if type(logger).__name__ == "WandbLogger":
-                logger.log_text("samples", columns=["prompt", "continuation"], data=rows, step=trainer.global_step)
-            elif type(logger).__name__ == "TensorBoardLogger":
-                text = "\n\n".join("    " + (a + b).replace("\n", "\n    ") for a, b in rows)
-                logger.experiment.add_text("samples", text, trainer.global_step)
+            with never_fatal(logger):
+                self._log(rows, logger, trainer.global_step)
+
+    @staticmethod
+    def _log(rows: list[list[str]], logger: Logger, step: int) -> None:
+        if type(logger).__name__ == "WandbLogger":
+            logger.log_text("samples", columns=["prompt", "continuation"], data=rows, step=step)
+        elif type(logger).__name__ == "TensorBoardLogger":
+            text = "\n\n".join("    " + (a + b).replace("\n", "\n    ") for a, b in rows)
+            logger.experiment.add_text("samples", text, step)
 
     def _continue(self, module: LanguageModel, ids: list[int]) -> str:
         """The continuation up to the end of the document; the same for the same weights."""
@@ -172,9 +182,11 @@ class CacheMemory(Callback):
         self.bytes_per_token: float | None = None
         self.vs_mha: float | None = None
 
-    def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
+    def on_validation_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
         if self.bytes_at_seq_len is None:
             self._measure(module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
         metrics = {
             "kv_cache/bytes_per_token": self.bytes_per_token,
             "kv_cache/mib_at_seq_len": self.bytes_at_seq_len / 2**20,

@@ -17,6 +17,8 @@ PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
 PROFILERS = (None, "simple", "advanced")
 LOGGERS = ("wandb", "tensorboard", "none")
+ON_NONFINITE = ("stop", "skip")
+RESUME = (None, "auto")
 KV_CACHE_DTYPES = (None, "int8")
 
 
@@ -36,6 +38,12 @@ class TrainerConfig:
 @dataclass
 class CheckpointConfig:
     every_n_steps: int = 300
+    keep_last: int = 2  # last.ckpt, last-1.ckpt and so on: should one be damaged, a resume takes the one before
+
+
+@dataclass
+class RunConfig:
+    resume: str | None = None  # auto: go on with the run in hydra.run.dir where there is one, or begin it
 
 
 @dataclass
@@ -70,7 +78,10 @@ class TrainConfig:
     log_every_n_steps: int = 20
     kv_cache_dtype: str | None = None  # int8: the cache whose bytes are measured and logged; None: of the precision
     loss_by_position: bool = False  # before and after training, as a table and a plot in the run folder
+    on_nonfinite: str = "stop"  # stop | skip: what to do at a step whose loss or gradient is no finite number
+    step_timeout: int = 1800  # seconds without a step after which the run is given up; 0: never
     tags: list[str] = field(default_factory=list)
+    run: RunConfig = field(default_factory=RunConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     model: TransformerConfig = field(default_factory=TransformerConfig)
@@ -118,6 +129,7 @@ class TrainConfig:
             "val_every_n_steps": self.val_every_n_steps,
             "log_every_n_steps": self.log_every_n_steps,
             "checkpoint.every_n_steps": self.checkpoint.every_n_steps,
+            "checkpoint.keep_last": self.checkpoint.keep_last,
             "micro_batch_tokens": self.micro_batch_tokens,
         }
         if self.trainer.overfit_batches is not None:
@@ -141,9 +153,13 @@ class TrainConfig:
             ("trainer.profiler", self.trainer.profiler, PROFILERS),
             ("logger.kind", self.logger.kind, LOGGERS),
             ("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES),
+            ("on_nonfinite", self.on_nonfinite, ON_NONFINITE),
+            ("run.resume", self.run.resume, RESUME),
         ):
             if value not in choices:
                 raise UserError(f"{name}={value} is unknown: one of {', '.join(map(str, choices))}")
+        if self.step_timeout < 0:
+            raise UserError(f"step_timeout={self.step_timeout} must be at least 0")
         if self.samples.max_tokens < 0 or not self.samples.temperature >= 0:
             raise UserError("samples.max_tokens and samples.temperature must be at least 0")
         if not 0 <= self.seed < 2**32:
@@ -155,11 +171,15 @@ INCIDENTAL = (
     "ckpt_path",
     "compile",
     "micro_batch_tokens",
+    "model.activation_checkpointing",
     "val_every_n_steps",
     "log_every_n_steps",
     "kv_cache_dtype",
     "loss_by_position",
+    "on_nonfinite",  # which changes nothing as long as all numbers are finite
+    "step_timeout",
     "tags",
+    "run",
     "checkpoint",
     "samples",
     "trainer",

@@ -30,11 +30,16 @@ class _Recorder:
         return getattr(self._file, name)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], put: Callable[[Path, Path], None] = os.replace
+) -> None:
     """Call `write(file)` on a binary temporary file beside `path`, then put it in the place of `path` at once.
 
     Whoever reads `path`, whenever the process is killed, finds the old content or the new, never a part. The
     temporary file is new, with a name that nobody can guess, so no link that somebody else has made is followed.
+
+    Args:
+        put: moves the temporary file, now whole and on the disk, to `path`
 
     Raises:
         UserError: it cannot be written, for want of room or rights; the old content is still there.
@@ -50,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 raise recorder.error or error from error
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        put(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

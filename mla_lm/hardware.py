@@ -149,6 +149,19 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or this machine had no memory left."""
+    of_cpu = isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def memory_bytes(device: str) -> int:
+    """Memory of one GPU, or of the machine."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def synchronize(device: str) -> None:
     """Wait for what was started on the device."""
     if device == "cuda":

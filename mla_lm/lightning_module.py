@@ -1,6 +1,7 @@
 """The Lightning side of training: loss, metrics, optimiser, nothing else."""
 
 import math
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +16,8 @@ from mla_lm.evaluate import metrics_of, totals_of
 from mla_lm.optim import build_optimizer
 from mla_lm.schedule import lr_factor
 from mla_lm.transformer import Transformer
+
+MOST_SKIPPED = 20  # steps of a run, with on_nonfinite=skip
 
 
 class LanguageModel(L.LightningModule):
@@ -46,6 +49,8 @@ class LanguageModel(L.LightningModule):
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.loss = torch.zeros(())  # of the last step, over its micro-batches, on this device
         self.grad_norm = torch.zeros(())
+        self.unread: list[tuple[int, Tensor, Tensor]] = []  # steps since the last look, their losses and norms
+        self.skipped = 0  # steps left out, of the whole run
 
     @property
     def lr(self) -> float:
@@ -68,8 +73,11 @@ class LanguageModel(L.LightningModule):
                 loss = self.net(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
                 self.manual_backward(loss)
             self.loss += loss.detach()
+        step = self.global_step
         optimizer.step()
         optimizer.zero_grad()
+        if self.config.on_nonfinite == "stop":
+            self.unread.append((step, self.loss, self.grad_norm))
 
     def _no_gradient_sync(self):
         """Under DDP, gradients are averaged over devices once a step, not once a micro-batch."""
@@ -79,18 +87,59 @@ class LanguageModel(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         clip = self.config.optimizer.gradient_clip or math.inf
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), clip)
+        if self.config.on_nonfinite == "skip" and self._is_lost_anywhere():
+            self._skip()
+
+    def _is_lost_anywhere(self) -> bool:
+        """Whether this step's loss or gradient is no finite number, on any device; waits for the device."""
+        lost = ~torch.isfinite(self.loss)
+        if not self._scales_the_loss:
+            lost |= ~torch.isfinite(self.grad_norm)
+        if self.trainer.world_size > 1:
+            lost = self.trainer.strategy.reduce(lost.float(), reduce_op="max")
+        return bool(lost)
+
+    def _skip(self) -> None:
+        """Let the optimizer see no gradients: it counts the step and changes nothing."""
+        self.skipped += 1
+        what = self._words(self.global_step, self.loss.item(), self.grad_norm.item())
+        if self.skipped > MOST_SKIPPED:
+            raise TrainingFailed(f"{what[0].upper()}{what[1:]}.\n  {MOST_SKIPPED} steps were skipped before it.")
+        if self.trainer.is_global_zero:
+            print(f"warning: skipped step {self.global_step + 1}: {what}", file=sys.stderr)
+        if not self._scales_the_loss:  # where it does, the scaler sees it and skips the step itself
+            for parameter in self.net.parameters():
+                parameter.grad = None
+
+    @property
+    def _scales_the_loss(self) -> bool:
+        """In fp16 gradients that are no numbers are normal: the loss scaler skips the step."""
+        return self.config.trainer.precision == "16-mixed"
 
     def stop_if_diverged(self) -> None:
-        """Raises TrainingFailed where the loss or the gradients are no numbers: every weight is lost from here on.
+        """Raises TrainingFailed where a loss or gradient since the last call is no finite number.
 
-        In fp16 such gradients are normal: the loss scaler skips the step.
+        Every weight is lost from that step on. This reads from the device.
         """
-        loss, norm = self.loss.item(), self.grad_norm.item()
-        if not math.isfinite(loss) or (not math.isfinite(norm) and self.config.trainer.precision != "16-mixed"):
-            raise TrainingFailed(
-                f"the loss is {loss} and the gradient norm {norm} at step {self.global_step}: training diverged.\n"
-                "  Try a smaller optimizer.lr."
-            )
+        unread, self.unread = self.unread, []
+        if not unread:
+            return
+        losses, norms = (torch.stack(values).tolist() for values in list(zip(*unread, strict=True))[1:])
+        for (step, *_), loss, norm in zip(unread, losses, norms, strict=True):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or self._scales_the_loss):
+                raise TrainingFailed(
+                    f"training diverged: {self._words(step, loss, norm)}.\n"
+                    "  Go on from the last checkpoint, with on_nonfinite=skip to leave such steps out, or with a "
+                    "smaller optimizer.lr in a new run."
+                )
+
+    def _words(self, step: int, loss: float, norm: float) -> str:
+        """What a step gave, and from what."""
+        lr = self.config.optimizer.lr * lr_factor(step, self.config.trainer.max_steps, self.config.schedule)
+        return (
+            f"the loss is {loss:g} and the gradient norm {norm:g} at step {step + 1}, with learning rate {lr:g}, on "
+            f"the windows that begin at {self.trainer.datamodule.places(step)}"
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         fused = self.config.trainer.precision != "16-mixed"  # there gradients must be unscaled, then clipped
@@ -119,8 +168,10 @@ class LanguageModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = self.net.state_dict()
         checkpoint["data_fingerprint"] = self.data_fingerprint
+        checkpoint["skipped_steps"] = self.skipped
         checkpoint["random_state"] = torch.get_rng_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         torch.set_rng_state(checkpoint["random_state"])
+        self.skipped = checkpoint.get("skipped_steps", 0)
         checkpoint["state_dict"] = {f"net.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}

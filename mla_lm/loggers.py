@@ -1,10 +1,14 @@
 """Where metrics go: metrics.jsonl always, wandb or TensorBoard beside it."""
 
+import errno
 import json
 import math
 import os
 import secrets
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ class MetricsFile(Logger):
     def __init__(self, path: Path, tokens_per_step: int, start_step: int, began: float):
         super().__init__()
         self.path, self.tokens_per_step = path, tokens_per_step
+        self.unwritten = ""  # rows that could not be written
         kept = self._kept_rows(start_step)
         if rank_zero_only.rank == 0:
             write_atomically(path, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in kept))
@@ -44,12 +49,13 @@ class MetricsFile(Logger):
         if not start_step or not self.path.is_file():
             return []
         rows = []
-        for line in self.path.read_text().splitlines():
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # cut short by a kill: nothing whole comes after it
-                break
-            if row["step"] <= start_step:
+                step, _ = row["step"], row["seconds"]
+            except (ValueError, TypeError, KeyError):  # cut short by a kill, or damaged
+                continue
+            if step <= start_step and "test/loss" not in row:  # the test is made again at the end
                 rows.append(row)
         return rows
 
@@ -62,11 +68,32 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no inf
         row = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3), **finite}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.unwritten += json.dumps(row) + "\n"
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                written = file.write(self.unwritten.encode())
+                if written < len(self.unwritten):  # the disk was full in the middle of a row
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+        self.unwritten = ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """config.yaml has them."""
+
+
+@contextmanager
+def never_fatal(logger: Logger) -> Iterator[None]:
+    """Within, whatever a logger raises is told once, and training goes on."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - of any of several libraries, and never worth a run
+        if not getattr(logger, "has_failed", False):
+            logger.has_failed = True
+            name = {"MetricsFile": "metrics.jsonl"}.get(type(logger).__name__, type(logger).__name__)
+            print(f"warning: {name} could not log ({error}): training goes on", file=sys.stderr)
 
 
 def build_loggers(config: TrainConfig, run: RunFolder, start_step: int, began: float) -> list[Logger]:
@@ -130,12 +157,19 @@ def wandb_mode(host: str) -> str:
     return "online" if logged_in else "offline"
 
 
-def finish_wandb(loggers: list[Logger]) -> str | None:
-    """Close wandb's run before anything else is printed; return the command that uploads it, if it is offline."""
-    experiments = [logger.experiment for logger in loggers if type(logger).__name__ == "WandbLogger"]
-    for experiment in experiments:
-        offline, folder = experiment.offline, Path(experiment.dir).parent
-        experiment.finish()
-        if offline:
-            return f"wandb sync {folder}"
-    return None
+def finish_wandb(loggers: list[Logger], summary: dict[str, Any] | None = None) -> str | None:
+    """Close wandb's run before anything else is printed; return the command that uploads it, if it is offline.
+
+    Args:
+        summary: figures of the run, to be its summary
+    """
+    upload = None
+    for logger in loggers:
+        if type(logger).__name__ == "WandbLogger":
+            with never_fatal(logger):
+                experiment = logger.experiment
+                offline, folder = experiment.offline, Path(experiment.dir).parent
+                experiment.summary.update(summary or {})
+                experiment.finish()
+                upload = f"wandb sync {folder}" if offline else None
+    return upload

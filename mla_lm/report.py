@@ -9,7 +9,8 @@ import torch
 
 from mla_lm.config import TrainConfig
 from mla_lm.data.store import TokenStore
-from mla_lm.flops import ModelSize, same_size_as
+from mla_lm.flops import ModelSize, same_size_as, training_memory
+from mla_lm.hardware import DTYPES, memory_bytes
 from mla_lm.run import RunFolder
 
 
@@ -64,6 +65,26 @@ def human_bytes(count: float) -> str:
     """1536 as "1.5 KiB"."""
     power = min(4, int(math.log(count, 1024))) if count >= 1 else 0
     return f"{count / 1024**power:,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def out_of_memory(config: TrainConfig, device: str) -> str:
+    """What a run that ran out of memory asked for, what there was, and what to change."""
+    dtype, batch = DTYPES[config.trainer.precision], config.micro_batch_size
+    memory = training_memory(config.model, batch, dtype, device, config.optimizer.kind)
+    checkpointing = config.model.activation_checkpointing
+    need = human_bytes(memory.peak(checkpointing, config.accumulation))
+    smaller = f"micro_batch_tokens={max(1, batch // 2) * config.model.seq_len}" if batch > 1 else "a smaller model"
+    also = "" if checkpointing else " or model.activation_checkpointing=true"
+    return (
+        f"out of memory with {batch} x {config.model.seq_len:,} tokens at once on each device. scripts.plan says that "
+        f"such a step takes {need}; there are {human_bytes(memory_bytes(device))} in all.\n  Try {smaller}{also}; "
+        "ckpt_path=RUN goes on with the run from its last checkpoint."
+    )
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def end_report(run: RunFolder, summary: dict, wandb_sync: str | None) -> str:

@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from mla_lm.config import TrainConfig, flatten, is_incidental, make_paths_absolute
+from mla_lm.config import TrainConfig, differing, flatten, is_incidental, make_paths_absolute
 from mla_lm.errors import UserError
 from mla_lm.run import RunFolder
 
@@ -81,6 +81,12 @@ def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
             )
         changes["model.seq_len"] = int(own.model.seq_len * wanted / there)
     return _with(composed, inherited | changes)
+
+
+def different_keys(config: TrainConfig, run: RunFolder) -> list[str]:
+    """By which dotted keys the run in a folder computes something else than this configuration would."""
+    different = differing([config, run.config()])
+    return [key for key in different if key != "trainer.precision" or config.trainer.precision != "auto"]
 
 
 def _named_keys(overrides: list[str], keys: list[str], new_run: bool = False) -> dict[str, str | None]:

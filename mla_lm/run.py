@@ -3,11 +3,12 @@
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import OmegaConf
@@ -27,6 +28,7 @@ from mla_lm.transformer import Transformer
 class RunFolder:
     """The files of one run."""
 
+    LAST: ClassVar[str] = "last.ckpt"
     path: Path
 
     @property
@@ -39,11 +41,20 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        return self.path / "checkpoints" / "last.ckpt"
+        return self.path / "checkpoints" / self.LAST
 
     @property
     def best(self) -> Path:
         return self.path / "checkpoints" / "best.ckpt"
+
+    def lasts(self) -> list[Path]:
+        """last.ckpt and the versions before it that are kept, the newest first; what there is of them."""
+        older = sorted(self.last.parent.glob("last-*.ckpt"), key=lambda path: (len(path.name), path.name))
+        return [path for path in (self.last, *older) if path.is_file()]
+
+    def checkpoints(self) -> list[Path]:
+        """All that a run can go on from."""
+        return self.lasts() + [self.best] * self.best.is_file()
 
     @property
     def metrics_file(self) -> Path:
@@ -89,14 +100,34 @@ class RunFolder:
         if not self.summary_file.is_file():
             return {}
         try:
-            return json.loads(self.summary_file.read_text())
+            summary = json.loads(self.summary_file.read_text())
         except ValueError as error:
             raise UserError(f"{self.summary_file} is damaged: {error}") from error
+        if not isinstance(summary, dict):
+            raise UserError(f"{self.summary_file} is damaged: it is no JSON object")
+        return summary
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has come to its end, as far as summary.json can be read: a run goes on without it."""
+        try:
+            return bool(self.summary().get("finished"))
+        except UserError:
+            return False
+
+    def reopen(self) -> None:
+        """Let summary.json say that the run is not at its end (any more). It is derived, so a damaged one goes."""
+        try:
+            if summary := self.summary():
+                self.write_summary({**summary, "finished": False})
+        except UserError as error:
+            print(f"warning: {error}; it is written anew at the end", file=sys.stderr)
+            self.summary_file.unlink()
 
     @property
     def is_begun(self) -> bool:
         """Whether there is something in it to go on from."""
-        return self.config_file.is_file() and (self.last.is_file() or self.best.is_file())
+        return self.config_file.is_file() and bool(self.checkpoints())
 
     def foreign_files(self) -> list[str]:
         """Names that a run would write over, where they are no run's."""
@@ -126,8 +157,8 @@ class RunFolder:
         write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def find_run(path: str | Path) -> tuple[RunFolder, Path]:
-    """The run that a user names by its folder or by a checkpoint in it, and that checkpoint (last.ckpt of a folder).
+def find_run(path: str | Path) -> tuple[RunFolder, Path | None]:
+    """The run that a user names by its folder or by a checkpoint in it, and that checkpoint; None for a folder.
 
     Raises:
         UserError: there is no run.
@@ -138,14 +169,14 @@ def find_run(path: str | Path) -> tuple[RunFolder, Path]:
     run = RunFolder(path if path.is_dir() else path.parent.parent)
     if not run.config_file.is_file():
         raise UserError(f"{run.path} is no run folder: it has no config.yaml")
-    return run, run.last if path.is_dir() else path
+    return run, None if path.is_dir() else path
 
 
 def find_best(path: str | Path) -> tuple[RunFolder, Path]:
-    """As `find_run`, but of a folder the best checkpoint, where there is one."""
+    """As `find_run`, but of a folder the best checkpoint, or where there is none the last."""
     run, checkpoint = find_run(path)
-    if Path(path).expanduser().is_dir() and run.best.is_file():
-        checkpoint = run.best
+    if checkpoint is None:
+        checkpoint = run.best if run.best.is_file() else next(iter(run.lasts()), run.last)
     return run, checkpoint
 
 

@@ -1,31 +1,23 @@
-"""When and how a run is saved: checkpoints, and stopping on a signal."""
+"""How a run is saved: by a thread that writes the checkpoint while training goes on."""
 
-import math
-import os
-import signal
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from mla_lm.callbacks import Metrics, log
-from mla_lm.checkpoint import load_checkpoint
-from mla_lm.config import TrainConfig
-from mla_lm.errors import Interrupted
+from mla_lm.checkpoint import load_checkpoint, put_in_front
+from mla_lm.errors import TrainingFailed, UserError
 from mla_lm.files import write_atomically
-from mla_lm.lightning_module import LanguageModel
 from mla_lm.run import RunFolder
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+Failures = dict[Path, UserError | TrainingFailed]  # files that could not be written
 
 
 class BackgroundCheckpointIO(CheckpointIO):
@@ -33,15 +25,20 @@ class BackgroundCheckpointIO(CheckpointIO):
 
     A save copies the state into CPU memory that the next save uses again, so a run takes one more copy of its state.
     GPU tensors are copied at once, CPU tensors by the thread: call `wait_until_copied` before they change. One save is
-    under way at a time, and what it raises is raised by the next call of `save_checkpoint`, `wait` or `teardown`.
+    under way at a time. It raises nothing: ask `failures` or `wait` what became of it.
+
+    Args:
+        keep_last: versions of last.ckpt that are kept, itself included
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_last: int = 1) -> None:
+        self.keep_last = keep_last
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.copied = Event()
         self.copied.set()
-        self.written: Future | None = None
+        self.written: Future[Failures] | None = None
         self.memory: dict[tuple, Tensor] = {}  # of the last copy; to ask for it anew takes longer than to copy
+        self.loaded: dict[str, Any] = {}  # the checkpoint that training goes on from, where it has been read already
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = ()) -> None:
         """Begin to write a checkpoint.
@@ -50,19 +47,21 @@ class BackgroundCheckpointIO(CheckpointIO):
             checkpoint: plain data, with tensors in dicts, lists and tuples
             path: the file
             storage_options: files that get the same after it, in this order
-
-        Raises:
-            UserError: the save before this one could not be written.
         """
         self.wait()
         state, left = self._copy(checkpoint)
         self.copied.clear()
+        paths = [Path(path), *(storage_options or ())]
         # Nothing after this: from here on the thread takes turns with Python code, for milliseconds each.
-        self.written = self.thread.submit(_write, left, self.copied, state, [path, *(storage_options or ())])
+        self.written = self.thread.submit(self._write, left, state, paths)
 
     def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         self.wait()
-        return load_checkpoint(Path(path))
+        if not self.loaded:
+            return load_checkpoint(Path(path))
+        state = dict(self.loaded)
+        self.loaded.clear()  # whoever read it holds no tensors from here on
+        return state
 
     def remove_checkpoint(self, path: str) -> None:
         self.wait()
@@ -72,20 +71,20 @@ class BackgroundCheckpointIO(CheckpointIO):
         """From here on the state that was saved last may change."""
         self.copied.wait()
 
-    def wait(self) -> None:
-        """From here on what was saved is on disk.
+    def failures(self) -> Failures | None:
+        """What could not be written of the last save, told once; None where it is still under way or has been told."""
+        return self.wait() if self.written and self.written.done() else None
 
-        Raises:
-            UserError: it cannot be written; the old files are still there.
-        """
+    def wait(self) -> Failures | None:
+        """As `failures`, after the save under way has ended."""
         written, self.written = self.written, None
-        if written:
-            written.result()
+        return written.result() if written else None
 
     def teardown(self) -> None:
         """Lightning's last call, at the end of training and where an exception ends it."""
         self.memory = {}
-        self.wait()
+        if self.written:
+            self.written.exception()  # let it end, and be asked for
 
     def _copy(self, state: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]:
         """A copy of `state`, and what is left to do for it: (target, source) tensors. Those that are one stay one."""
@@ -110,6 +109,32 @@ class BackgroundCheckpointIO(CheckpointIO):
         self.memory = memory
         return copied, left
 
+    def _write(self, left: list[tuple[Tensor, Tensor]], state: dict[str, Any], paths: list[Path]) -> Failures:
+        try:
+            _copy_tensors(left)
+        finally:
+            self.copied.set()
+        if name := _not_finite(state):
+            failure = TrainingFailed(
+                f"{name} has a number that is not finite after step {state.get('global_step')}: nothing is saved.\n"
+                "  Go on from the last checkpoint with a smaller optimizer.lr"
+            )
+            return dict.fromkeys(paths, failure)
+        failures: Failures = {}
+        for path in paths:
+            try:
+                _write_file(state, path, self.keep_last)
+            except UserError as error:
+                failures[path] = error
+        return failures
+
+
+def _write_file(state: dict[str, Any], path: Path, keep_last: int) -> None:
+    keep = keep_last if path.name == RunFolder.LAST else 1
+    write_atomically(
+        path, lambda file: torch.save(state, file), lambda temporary, path: put_in_front(temporary, path, keep)
+    )
+
 
 def _copy_tensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
     # By NumPy: a parallel torch operation would give this thread OpenMP workers of its own, and with more workers than
@@ -119,119 +144,18 @@ def _copy_tensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
         np.copyto(target.view(bits).numpy(), source.view(bits).numpy())
 
 
-def _write(left: list[tuple[Tensor, Tensor]], copied: Event, state: dict[str, Any], paths: list[str | Path]) -> None:
-    try:
-        _copy_tensors(left)
-    finally:  # what went wrong is for who waits for the file
-        copied.set()
-    for path in paths:
-        write_atomically(Path(path), lambda file: torch.save(state, file))
+def _not_finite(state: Any, name: str = "") -> str | None:
+    """The place in the state of a tensor that has NaN or infinity in it."""
+    if isinstance(state, Tensor):
+        return name if state.is_floating_point() and not _is_finite(state) else None
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    found = (_not_finite(value, f"{name}.{key}" if name else str(key)) for key, value in items)
+    return next((place for place in found if place), None)
 
 
-class Checkpoints(Callback):
-    """last.ckpt every n steps and at the end; best.ckpt at the validation with the lowest loss so far.
-
-    Where a save and a validation fall on one step, the validation comes first, so that a resumed run never misses
-    one. The best loss is part of the state, so it holds wherever the run folder is moved to.
-    """
-
-    def __init__(self, run: RunFolder, config: TrainConfig, metrics: Metrics):
-        self.run, self.config, self.metrics = run, config, metrics
-        self.io = BackgroundCheckpointIO()
-        self.best: dict[str, float] = {}  # metrics of the best validation, and its step
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
-
-    def on_before_optimizer_step(self, *_: Any) -> None:
-        self.io.wait_until_copied()
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self.config.trainer.max_steps:
-            trainer.should_stop = True  # makes Lightning validate once more, whatever the interval
-        elif step % self.config.checkpoint.every_n_steps == 0 and step % self.config.val_every_n_steps:
-            self.save(trainer, module)
-
-    def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        step, metrics = trainer.global_step, module.evaluated
-        log(trainer, metrics)
-        paths = []
-        if metrics["val/loss"] < self.best.get("val/loss", math.inf):
-            self.best = {**metrics, "step": step}
-            paths.append(self.run.best)
-        if step % self.config.checkpoint.every_n_steps == 0 or step == self.config.trainer.max_steps:
-            paths.append(self.run.last)
-        if paths:
-            self.save(trainer, module, paths)
-
-    def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self.io.wait()
-        trainer.strategy.barrier()  # the other devices read best.ckpt next
-
-    def save(self, trainer: L.Trainer, module: LanguageModel, paths: list[Path] | None = None) -> None:
-        """Begin to write last.ckpt, or `paths` in their order, unless the weights are lost."""
-        module.stop_if_diverged()
-        self.metrics.pause()
-        path, *others = paths or [self.run.last]
-        trainer.save_checkpoint(path, storage_options=others)
-
-
-class StopOnSignal(Callback):
-    """SIGTERM or Ctrl-C: finish the step (and the validation due at it), save, and raise `Interrupted`.
-
-    Works inside a `with` block, over training and testing. A second signal ends the process at once.
-    """
-
-    def __init__(self, checkpoints: Checkpoints, config: TrainConfig):
-        self.checkpoints, self.config = checkpoints, config
-        self.received = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        self.before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-        self._listen()
-
-    def __exit__(self, *_: Any) -> None:
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def _listen(self, *_: Any) -> None:
-        for signum in self.before:
-            signal.signal(signum, self._receive)
-
-    on_train_start = on_test_start = _listen  # Lightning has put its own handler for SIGTERM before it by then
-
-    def _receive(self, signum: int, frame: Any) -> None:
-        if self.received:
-            os._exit(128 + signum)
-        self.received = signum
-        print(f"\n{signal.Signals(signum).name}: stopping after this step", file=sys.stderr, flush=True)
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
-        step = trainer.global_step
-        if step % self.config.val_every_n_steps and step != self.config.trainer.max_steps:
-            self._stop_if_received(trainer, module)
-
-    def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self._stop_if_received(trainer, module)
-
-    def _stop_if_received(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        if received := self._received_anywhere(trainer, module):
-            self.checkpoints.save(trainer, module)
-            self.checkpoints.io.wait()
-            raise Interrupted(received)
-
-    def on_test_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
-        if self.received:  # the last step is saved
-            raise Interrupted(self.received)
-
-    def _received_anywhere(self, trainer: L.Trainer, module: LanguageModel) -> int:
-        """All ranks stop at the same step."""
-        if trainer.world_size == 1:
-            return self.received
-        tensor = torch.tensor(self.received, device=module.device)
-        return int(trainer.strategy.reduce(tensor, reduce_op="max").item())
+def _is_finite(tensor: Tensor) -> bool:
+    # By NumPy, as copying. bf16, which it lacks, is the upper half of fp32.
+    if tensor.dtype == torch.bfloat16:
+        return not ((tensor.view(torch.int16).numpy() & 0x7F80) == 0x7F80).any()
+    values = tensor.numpy().reshape(-1)
+    return all(np.isfinite(values[start : start + 2**20]).all() for start in range(0, len(values), 2**20))

@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
 from mla_lm import cli
-from mla_lm.config import TrainConfig, differing
+from mla_lm.config import TrainConfig
 from mla_lm.errors import Interrupted, UserError
 from mla_lm.files import write_atomically
 from mla_lm.run import RunFolder
@@ -96,14 +96,6 @@ def label(config: TrainConfig, hydra_config: HydraConf) -> None:
         config.logger.group = "/".join(Path(hydra_config.sweep.dir).parts[-2:])
     if name := hydra_config.runtime.choices.get("sweep"):
         config.tags = [*config.tags, name]
-
-
-def is_same_run(config: TrainConfig, run: RunFolder) -> bool:
-    """Whether `run` was begun from this configuration, as far as it changes what is computed."""
-    if not run.config_file.is_file():
-        return False
-    different = differing([config, run.config()])
-    return not different or (different == ["trainer.precision"] and config.trainer.precision == "auto")
 
 
 class SweepCallback(Callback):

@@ -5,30 +5,30 @@ import sys
 import time
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
-from mla_lm.checkpoint import load_checkpoint
+from mla_lm.checkpointing import Checkpoints
 from mla_lm.config import TrainConfig, config_hash
 from mla_lm.data.datamodule import TextDataModule
 from mla_lm.data.store import TokenStore, open_store
 from mla_lm.data.tokenizer import load_tokenizer, token_bytes, vocabulary_size
 from mla_lm.errors import Interrupted, TrainingFailed, UserError
-from mla_lm.files import write_atomically
 from mla_lm.flops import model_size
 from mla_lm.hardware import (
     DTYPES,
     choose_accelerator,
     choose_compile,
     choose_precision,
+    is_out_of_memory,
     matmul_flops_per_second,
     peak_memory_bytes,
 )
@@ -36,38 +36,40 @@ from mla_lm.lightning_module import LanguageModel
 from mla_lm.loggers import build_loggers, finish_wandb
 from mla_lm.positions import LossByPosition
 from mla_lm.progress import progress
-from mla_lm.report import data_lines, end_report, git_commit, size_table
+from mla_lm.report import data_lines, end_report, finite_or_none, git_commit, out_of_memory, size_table
 from mla_lm.run import RunFolder, check_fits, find_best, find_run, load_weights
-from mla_lm.saving import Checkpoints, StopOnSignal
+from mla_lm.signals import StopOnSignal
+from mla_lm.start import Start, prepare_checkpoints
+from mla_lm.terminal import unbreakable_output
 from mla_lm.transformer import Transformer
+from mla_lm.watchdog import Watchdog
 
 say = rank_zero_only(print)
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}  # they write fit-profile.txt into the run folder
 
 
-def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -> float:
+def train(config: TrainConfig, run: RunFolder, start: Start | None = None) -> float:
     """Train, test the best checkpoint, and fill the run folder.
 
     Args:
         config: checked; what it leaves open (vocabulary, precision, compile) is filled in here
-        checkpoint: to go on from, in `run`
+        start: to go on from, in `run`
 
     Returns:
         the best validation loss, in nats per token
 
     Raises:
         UserError: data, hardware or checkpoint are not what the configuration needs; nothing has been written over.
-        TrainingFailed: the loss is no number any more.
+        TrainingFailed: the loss is no number any more, or memory does not suffice.
         Interrupted: by a signal; the run is saved.
     """
     began = time.monotonic()
-    state = _load_state(checkpoint) if checkpoint else None
     device, why = choose_accelerator(config.trainer.accelerator)
     choices, config.trainer.accelerator = [f"device      {device} ({why})"], {"cuda": "gpu"}.get(device, device)
     config.trainer.precision, why = choose_precision(config.trainer.precision, device)
     choices.append(f"precision   {config.trainer.precision} ({why})")
 
-    store = _open_data(config, run, state)
+    store = _open_data(config, run, start)
     _take_from_tokenizer(config, store)
     datamodule = TextDataModule(config, store)
     peak_flops = matmul_flops_per_second(device, config.trainer.precision) * config.world_size
@@ -77,9 +79,9 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
 
     torch.manual_seed(config.seed)
     net = Transformer(config.model)
-    if state:
-        check_fits(net, state["state_dict"], checkpoint)
-        datamodule.start_step = _start_step(config, run, state)
+    if start:
+        check_fits(net, start.state["state_dict"], start.path)
+        datamodule.start_step = _start_step(config, run, start)
         choices.append(f"resumed     after step {datamodule.start_step}")
     elif config.init_from:
         load_weights(net, find_best(config.init_from)[1])
@@ -88,18 +90,11 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
     table = size_table(config, DTYPES[config.trainer.precision])
 
     if rank_zero_only.rank == 0:
-        _prepare_folder(config, run, store, checkpoint)
-    say(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    say(table, "", *data_lines(store), *choices, "", sep="\n")
-    return training.run_to_end(datamodule, checkpoint)
-
-
-def _load_state(checkpoint: Path) -> dict[str, Any]:
-    state = load_checkpoint(checkpoint)
-    for key in ("global_step", "loops", "optimizer_states", "callbacks", "data_fingerprint", "random_state"):
-        if key not in state:
-            raise UserError(f"{checkpoint} has no {key}, so a run cannot go on from it: init_from takes its weights")
-    return state
+        _prepare_folder(config, run, store, start)
+    with unbreakable_output():
+        say(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        say(table, "", *data_lines(store), *choices, "", sep="\n")
+        return training.run_to_end(datamodule, start)
 
 
 def _take_from_tokenizer(config: TrainConfig, store: TokenStore) -> None:
@@ -116,25 +111,23 @@ def _take_from_tokenizer(config: TrainConfig, store: TokenStore) -> None:
         setattr(config.model, key, value)
 
 
-def _prepare_folder(config: TrainConfig, run: RunFolder, store: TokenStore, checkpoint: Path | None) -> None:
+def _prepare_folder(config: TrainConfig, run: RunFolder, store: TokenStore, start: Start | None) -> None:
     """Write what is known of the run before it trains."""
     run.write_config(config)
     run.write_tokenizer(store.tokenizer)
     for leftover in run.last.parent.glob(".*.ckpt.*"):  # of a process that was killed while it saved
         leftover.unlink()
-    if checkpoint:
-        if checkpoint != run.last:  # what lies after it is given up
-            write_atomically(run.last, lambda file: file.write(checkpoint.read_bytes()))
-        if summary := run.summary():
-            run.write_summary({**summary, "finished": False})
+    if start:
+        prepare_checkpoints(run, start)
+        run.reopen()
 
 
-def _open_data(config: TrainConfig, run: RunFolder, state: dict[str, Any] | None) -> TokenStore:
+def _open_data(config: TrainConfig, run: RunFolder, start: Start | None) -> TokenStore:
     tokenizer = None
     if config.init_from:  # the tokenizer came with the weights; since then it lies in the run itself
-        tokenizer = load_tokenizer((run if state else find_run(config.init_from)[0]).tokenizer_file)
+        tokenizer = load_tokenizer((run if start else find_run(config.init_from)[0]).tokenizer_file)
     store = open_store(config.data, tokenizer)
-    if state and state["data_fingerprint"] != store.fingerprint:
+    if start and start.state["data_fingerprint"] != store.fingerprint:
         raise UserError(
             f"the data have changed since {run.path} began ({store.description}): "
             "restore them, or begin a new run with init_from"
@@ -146,10 +139,10 @@ def _training_flops(config: TrainConfig) -> float:
     return model_size(config.model).flops_per_token * config.tokens_per_step * config.trainer.max_steps
 
 
-def _start_step(config: TrainConfig, run: RunFolder, state: dict[str, Any]) -> int:
+def _start_step(config: TrainConfig, run: RunFolder, start: Start) -> int:
     """Optimizer steps that the checkpoint has behind it; UserError where nothing is left to do."""
-    done, wanted = state["global_step"], config.trainer.max_steps
-    if done > wanted or (done == wanted and run.summary().get("finished")):
+    done, wanted = start.step, config.trainer.max_steps
+    if done > wanted or (done == wanted and run.is_finished):
         raise UserError(
             f"{run.path} already has {done} steps, trainer.max_steps={wanted}: give a larger one to train on"
         )
@@ -186,40 +179,56 @@ class _Training:
         self.checkpoints = Checkpoints(run, config, self.metrics)
         self.cache_memory = CacheMemory(precision, mha_bytes, CACHE_DTYPES.get(config.kv_cache_dtype))
         self.stop_on_signal = StopOnSignal(self.checkpoints, config)
+        # What a step or validation gave is logged and saved before anything else is done with it; then, after all of
+        # it has been shown, a signal may end the run.
         self.callbacks = [
+            Watchdog(config.step_timeout),
             self.metrics,
-            progress(config, self.metrics),
             self.cache_memory,
-            Samples(config, store),
             self.checkpoints,
+            progress(config, self.metrics),
+            Samples(config, store),
             self.stop_on_signal,
         ]
         if config.loss_by_position:
             self.callbacks.append(LossByPosition(config, run))
         self.began = began
 
-    def run_to_end(self, datamodule: TextDataModule, checkpoint: Path | None) -> float:
+    def run_to_end(self, datamodule: TextDataModule, start: Start | None) -> float:
         """Fit, test, and write the summary; the summary also where training stops early."""
         loggers = build_loggers(self.config, self.run, datamodule.start_step, self.began)
         trainer = self._trainer(loggers)
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        if start:
+            self.checkpoints.io.loaded = start.state
         tested: dict[str, float] = {}
         stop: BaseException | None = None
         try:
             with self.stop_on_signal:
-                trainer.fit(self.module, datamodule, ckpt_path=checkpoint, weights_only=True)
+                trainer.fit(self.module, datamodule, ckpt_path=start.path if start else None, weights_only=True)
                 tested = self._test(trainer, datamodule)
         except (Interrupted, TrainingFailed) as error:
             stop = error
-        except BaseException:
+        except BaseException as error:
             finish_wandb(loggers)  # the next job of a multirun would log into it
-            raise
+            if isinstance(error, UserError) or not (stop := self._told_apart(error)):
+                raise
         if trainer.is_global_zero:
             self._report(trainer, loggers, tested)
         if stop:
             raise stop
         return self.checkpoints.best["val/loss"]
+
+    def _told_apart(self, error: BaseException) -> BaseException | None:
+        """What ended training where `error` is only what it looks like."""
+        if signum := self.stop_on_signal.received:  # which a compiler, started by us, got as well
+            return Interrupted(signum)
+        if is_out_of_memory(error):
+            failure = TrainingFailed(out_of_memory(self.config, self.device))
+            failure.__cause__ = error
+            return failure
+        return None
 
     def _trainer(self, loggers: list) -> L.Trainer:
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -227,6 +236,8 @@ class _Training:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # within lightning
         warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # its order is one of the step
         config = self.config.trainer
+        # Lightning's own requeue saves under a name that no resume looks for: scripts/slurm.sbatch does it.
+        slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
         return L.Trainer(
             default_root_dir=self.run.path,
             accelerator=config.accelerator,
@@ -240,7 +251,7 @@ class _Training:
             num_sanity_val_steps=0,
             logger=loggers,
             callbacks=self.callbacks,
-            plugins=[self.checkpoints.io],
+            plugins=[self.checkpoints.io, *slurm],
             profiler=PROFILERS[config.profiler](self.run.path, "profile") if config.profiler else None,
             log_every_n_steps=1,  # the callbacks keep to the interval
             enable_progress_bar=sys.stderr.isatty(),
@@ -258,11 +269,12 @@ class _Training:
 
     def _report(self, trainer: L.Trainer, loggers: list, tested: dict[str, float]) -> None:
         summary = self._summary(trainer, tested, loggers[0].seconds)
-        self.run.write_summary(summary)
-        for logger in loggers:
-            if type(logger).__name__ == "WandbLogger":
-                logger.experiment.summary.update(summary)
-        print(end_report(self.run, summary, finish_wandb(loggers)))
+        upload = finish_wandb(loggers, summary)
+        try:
+            self.run.write_summary(summary)
+        except UserError as error:  # the figures are shown all the same, and made again from the last checkpoint
+            print(f"warning: {error}", file=sys.stderr)
+        print(end_report(self.run, summary, upload))
 
     def _summary(self, trainer: L.Trainer, tested: dict[str, float], total_seconds: float) -> dict[str, Any]:
         """summary.json; what was not measured is None."""
@@ -280,7 +292,7 @@ class _Training:
             "seed": config.seed,
             "steps": trainer.global_step,
             "tokens_seen": trainer.global_step * config.tokens_per_step,
-            "train_loss": metrics.train_loss,
+            "train_loss": finite_or_none(metrics.train_loss),
             **{f"{stage}_{name}": values.get(f"{stage}/{name}")
                for stage, values in (("val", best), ("test", tested))
                for name in ("loss", "perplexity", "bits_per_byte")},

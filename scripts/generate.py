@@ -112,7 +112,7 @@ class SampledRun:
         model, tokenizer, config = load_run(path, device)
         self.run = model.prepare_decoding(DTYPES[config.trainer.precision], compiled=args.compile), tokenizer, config
         folder, checkpoint = find_run(path)
-        name = folder.path.name if Path(path).is_dir() else f"{folder.path.name}/{checkpoint.name}"
+        name = f"{folder.path.name}/{checkpoint.name}" if checkpoint else folder.path.name
         self.name = f"{name} ({self.run[0].config.attention_kind})"
         self.options = {"max_tokens": args.max_tokens, "stops": args.stop, **sampling_of(args)}
         self.options["compiled"] = args.compile

@@ -186,7 +186,7 @@ def test_refusals(train, tmp_path, corpus):
     last = run / "checkpoints" / "last.ckpt"
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
-    refused(train.bare(f"ckpt_path={run}", more), "last.ckpt", "damaged")
+    refused(train.bare(f"ckpt_path={last}", more), "last.ckpt", "damaged")
     other = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     other["state_dict"]["norm.weight"] = torch.ones(3)
     torch.save(other, last)

@@ -15,10 +15,10 @@ from torch import nn
 
 from mla_lm.callbacks import Metrics
 from mla_lm.checkpoint import load_checkpoint
+from mla_lm.checkpointing import Checkpoints
 from mla_lm.config import TrainConfig
-from mla_lm.errors import UserError
 from mla_lm.run import RunFolder
-from mla_lm.saving import BackgroundCheckpointIO, Checkpoints
+from mla_lm.saving import BackgroundCheckpointIO
 from tests.conftest import ROOT, refused
 
 
@@ -101,21 +101,67 @@ def test_a_save_waits_for_the_one_before(tmp_path):
     assert not io.memory
 
 
-@pytest.mark.parametrize("call", ["wait", "teardown", "save_checkpoint", "load_checkpoint"])
-def test_an_error_is_raised_by_the_next_call_once(tmp_path, call):
-    """Files are written in their order: where the first cannot be, the second is as it was."""
+def test_a_save_that_fails_keeps_no_other_from_being_tried(tmp_path):
+    """Neither the file after it in the same save, nor the next save; what failed is told once, in the system's words."""
     (tmp_path / "file").touch()
     blocked, later = tmp_path / "file" / "best.ckpt", tmp_path / "last.ckpt"
-    state = {"state_dict": {"w": torch.ones(3)}}
+    first, second = ({"state_dict": {"w": torch.full((3,), float(number))}} for number in (1, 2))
     io = BackgroundCheckpointIO()
-    io.save_checkpoint(state, blocked, [later])
-    arguments = {"save_checkpoint": (state, later), "load_checkpoint": (later,)}.get(call, ())
-    with pytest.raises(UserError, match=r"best\.ckpt cannot be written"):
-        getattr(io, call)(*arguments)
-    assert not later.exists()
-    io.save_checkpoint(state, later)
+    io.save_checkpoint(first, blocked, [later])
+    failures = io.wait()
+    assert list(failures) == [blocked]
+    assert str(failures[blocked]) == f"{blocked} cannot be written: File exists"
+    assert_equal(load_checkpoint(later)["state_dict"], first["state_dict"])
+    assert io.wait() is io.failures() is None
+    io.save_checkpoint(first, blocked)
+    io.save_checkpoint(second, later)
+    assert io.wait() == {}
+    assert_equal(load_checkpoint(later)["state_dict"], second["state_dict"])
+    io.save_checkpoint(first, blocked)
+    io.teardown()
+    assert list(io.wait()) == [blocked]
+
+
+def test_a_full_disk_is_told_in_the_words_of_the_system(tmp_path):
+    """torch puts what a file raises into words of its own."""
+    io = BackgroundCheckpointIO()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, before[1]))
+    try:
+        io.save_checkpoint({"state_dict": {"w": torch.ones(10**6)}}, tmp_path / "last.ckpt")
+        (error,) = io.wait().values()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error) == f"{tmp_path / 'last.ckpt'} cannot be written: File too large"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_versions_are_kept(tmp_path):
+    io = BackgroundCheckpointIO(keep_last=3)
+    for number in range(5):
+        io.save_checkpoint({"state_dict": {}, "number": number}, tmp_path / "last.ckpt", [tmp_path / "best.ckpt"])
     io.wait()
-    assert later.exists()
+    numbers = {path.name: load_checkpoint(path)["number"] for path in tmp_path.iterdir()}
+    assert numbers == {"last.ckpt": 4, "last-1.ckpt": 3, "last-2.ckpt": 2, "best.ckpt": 4}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_is_never_saved(tmp_path, bad, dtype):
+    """Neither weights nor moments; the name of the first is told, and the files before it stay."""
+    io = BackgroundCheckpointIO()
+    state = {"state_dict": {"w": torch.ones(2**20 + 3, dtype=dtype)}, "optimizer_states": [{"state": {0: {}}}]}
+    state["optimizer_states"][0]["state"][0] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(0)}
+    io.save_checkpoint(state, tmp_path / "last.ckpt")
+    assert io.wait() == {}
+    before = (tmp_path / "last.ckpt").read_bytes()
+    state["state_dict"]["w"][-1] = bad
+    io.save_checkpoint(state, tmp_path / "best.ckpt", [tmp_path / "last.ckpt"])
+    failures = io.wait()
+    assert list(failures) == [tmp_path / "best.ckpt", tmp_path / "last.ckpt"]
+    assert "state_dict.w has a number that is not finite" in str(failures[tmp_path / "best.ckpt"])
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    assert not (tmp_path / "best.ckpt").exists()
 
 
 KILLED = """

@@ -85,7 +85,7 @@ def test_every_attention_kind(train, tmp_path, kind, elements):
     result = succeeded(train(*plain, "hydra.run.dir=run"))
     run = tmp_path / "run"
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    checkpoints = {"checkpoints/last.ckpt", "checkpoints/best.ckpt"}
+    checkpoints = {f"checkpoints/{name}.ckpt" for name in ("last", "last-1", "best")}
     assert files == {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json"} | checkpoints
 
     summary = summary_of(run)

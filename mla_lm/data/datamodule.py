@@ -1,5 +1,7 @@
 """The data of a run as Lightning wants it."""
 
+import bisect
+
 import lightning as L
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
@@ -7,6 +9,8 @@ from mla_lm.config import TrainConfig
 from mla_lm.data.store import TokenStore
 from mla_lm.data.windows import EvaluationWindows, Order, StepBatchSampler, Windows
 from mla_lm.errors import UserError
+
+FEW = 8  # windows that are named
 
 
 class TextDataModule(L.LightningDataModule):
@@ -39,11 +43,28 @@ class TextDataModule(L.LightningDataModule):
                 "give more text, a larger data.val_tokens or fewer devices"
             )
 
+    def order(self) -> Order:
+        """Which windows each step takes."""
+        sizes = [len(windows) for windows in self.train_windows.datasets]
+        return Order(sizes, [weight for weight, _ in self.store.parts], self.config.seed)
+
+    def places(self, step: int) -> str:
+        """Where in the training split the windows of a step begin, in words: the first few of them, by their tokens."""
+        step %= self.config.trainer.overfit_batches or step + 1
+        indices = self.order().of_step(step, self.config.sequences_per_step)
+        ends = self.train_windows.cumulative_sizes
+        words = []
+        for index in indices[:FEW].tolist():
+            part = bisect.bisect_right(ends, index)
+            token = (index - (ends[part - 1] if part else 0)) * self.config.model.seq_len
+            words.append(f"data.parts[{part}] {token}" if self.store.mixed else str(token))
+        more = f" and {len(indices) - FEW} more" if len(indices) > FEW else ""
+        return f"training tokens {', '.join(words)}{more}"
+
     def train_dataloader(self) -> DataLoader:
         config = self.config
-        sizes = [len(windows) for windows in self.train_windows.datasets]
         sampler = StepBatchSampler(
-            Order(sizes, [weight for weight, _ in self.store.parts], config.seed),
+            self.order(),
             config.sequences_per_step,
             config.trainer.max_steps,
             self.start_step,

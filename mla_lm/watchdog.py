@@ -1,0 +1,63 @@
+"""Giving up a run that no longer moves, so that a scheduler can start it again."""
+
+import faulthandler
+import sys
+import threading
+import time
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+SECOND_THOUGHT = 30.0  # seconds after which the process ends even if no Python code can run
+
+
+class Watchdog(Callback):
+    """Ends the process with status 1 where no step, of training or of an evaluation, has ended for `timeout` seconds.
+
+    It writes to stderr where every thread stands: a device that hangs, a process that the others wait for, a file
+    system that does not answer.
+
+    Args:
+        timeout: seconds; 0 for none
+    """
+
+    def __init__(self, timeout: int):
+        self.timeout = timeout
+        self.alive = 0.0  # time of the last sign
+        self.over = threading.Event()
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        if self.timeout:
+            self.over = threading.Event()
+            self._sign()
+            threading.Thread(target=self._watch, args=(self.over,), name="watchdog", daemon=True).start()
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        self._end()
+
+    def on_exception(self, *_: Any) -> None:  # after which Lightning calls no teardown
+        self._end()
+
+    def _end(self) -> None:
+        self.over.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _sign(self, *_: Any) -> None:
+        self.alive = time.monotonic()
+
+    on_train_batch_end = on_validation_batch_end = on_test_batch_end = _sign
+    on_validation_end = on_train_end = _sign
+
+    def _watch(self, over: threading.Event) -> None:
+        while (left := self.alive + self.timeout - time.monotonic()) > 0:
+            # by a timer that needs no Python, should a thread hold the interpreter for ever
+            faulthandler.dump_traceback_later(left + SECOND_THOUGHT, exit=True, file=sys.__stderr__)
+            if over.wait(left):
+                return
+        print(
+            f"error: no step has ended for {self.timeout} s (step_timeout), so the run is given up: train.py "
+            "ckpt_path=RUN goes on from its last checkpoint. Where every thread stands:",
+            file=sys.__stderr__, flush=True,
+        )  # fmt: skip
+        faulthandler.dump_traceback_later(0.001, exit=True, file=sys.__stderr__)
+        time.sleep(SECOND_THOUGHT)
