@@ -151,7 +151,7 @@ def peak_memory_bytes(device: str) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or this machine had no memory left."""
-    of_cpu = isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 

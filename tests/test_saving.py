@@ -102,7 +102,7 @@ def test_a_save_waits_for_the_one_before(tmp_path):
 
 
 def test_a_save_that_fails_keeps_no_other_from_being_tried(tmp_path):
-    """Neither the file after it in the same save, nor the next save; what failed is told once, in the system's words."""
+    """Neither the next file of the same save, nor the next save; what failed is told once, in the system's words."""
     (tmp_path / "file").touch()
     blocked, later = tmp_path / "file" / "best.ckpt", tmp_path / "last.ckpt"
     first, second = ({"state_dict": {"w": torch.full((3,), float(number))}} for number in (1, 2))
