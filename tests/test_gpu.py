@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, summary_of
+from tests.conftest import ROOT, SMALL, rows_of, summary_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,3 +78,18 @@ def test_training(train, tmp_path, precision, compiled):
     overrides = (f"trainer.precision={precision}", f"compile={compiled}", "trainer.accelerator=gpu")
     run(str(ROOT / "train.py"), *SMALL, *train.data, *overrides, "hydra.run.dir=run", cwd=tmp_path)
     assert summary_of(tmp_path / "run")["accelerator"] == "gpu"
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("muon", "bf16-mixed"), ("muon", "16-mixed"), ("adamw", "16-mixed")])
+def test_resumed_training_goes_on_as_if_it_had_not_stopped(train, tmp_path, kind, precision):
+    steady = ("schedule.kind=wsd", "schedule.warmup_fraction=0", "schedule.decay_fraction=0")  # whatever max_steps is
+    hardware = ("trainer.accelerator=gpu", f"trainer.precision={precision}")
+    begin = (str(ROOT / "train.py"), *SMALL, *train.data, f"optimizer={kind}", *steady, *hardware)
+    run(*begin, "trainer.max_steps=8", "hydra.run.dir=whole", cwd=tmp_path)
+    run(*begin, "trainer.max_steps=4", "hydra.run.dir=parts", cwd=tmp_path)
+    run(str(ROOT / "train.py"), "ckpt_path=parts", "trainer.max_steps=8", cwd=tmp_path)
+    whole, parts = (
+        [row["train/loss"] for row in rows_of(tmp_path / name) if "train/loss" in row] for name in ("whole", "parts")
+    )
+    assert len(whole) == 8
+    assert parts == pytest.approx(whole, rel=5e-3)  # sums on a GPU come in any order
