@@ -33,12 +33,13 @@ for attention in kinds:
         torch.testing.assert_close(decoded.cpu(), expected, rtol=1e-4, atol=1e-4)
 """
 
-# Half precision goes through a kernel of its own, fp32 through that of the CPU's path.
+# Half precision goes through a kernel of its own from Ampere on, fp32 through that of the CPU's path.
 DOCUMENTS_APART = """
 import torch
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
 
-kinds = [AttentionConfig(kv_compressed_dim=32, rope_dim=16, nope_dim=16, value_dim=32)]
+mla = [{"nope_dim": 16, "value_dim": 32}, {}, {"nope_dim": 4, "value_dim": 28}]  # and heads of 48 and 32, of 20 and 28
+kinds = [AttentionConfig(kv_compressed_dim=32, rope_dim=16, **sizes) for sizes in mla]
 kinds += [AttentionConfig(num_kv_heads=n) for n in (4, 2, 1)]
 tokens = torch.randint(8, (3, 64))
 for attention in kinds:
@@ -46,7 +47,7 @@ for attention in kinds:
     expected = model(tokens, tokens.roll(-1))
     expected.backward()
     gradient = model.embedding.weight.grad.clone()
-    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.05)):
         model.zero_grad()
         model.cuda()
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
