@@ -41,11 +41,11 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents:
     Args:
         q: (B, H, T, D)
         k: (B, H_kv, T, D), H_kv a divisor of H
-        v: (B, H_kv, T, D)
+        v: (B, H_kv, T, D_v)
         scale: factor of the scores
 
     Returns:
-        (B, H, T, D)
+        (B, H, T, D_v)
     """
     if documents is None:
         return causal_attention(q, k, v, scale)
