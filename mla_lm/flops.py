@@ -161,8 +161,8 @@ def _loss_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype, devi
     chunk = max(LEAST_ROWS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // config.vocab_size)
     mixed = dtype != torch.float32
     per_logit = dtype.itemsize + 4  # the logit and, in fp32, its probability
-    if mixed and device == "cpu":
-        per_logit += 4  # a CPU casts the logits first
+    if mixed and not (device == "cuda" and dtype == torch.float16):
+        per_logit += 4  # the logit in fp32: only on a GPU, and in fp16, does the softmax take it as it is
     if tokens > chunk:
         per_logit += 4 + dtype.itemsize * mixed  # the probabilities, in place their gradients, of the chunk before
     head = config.vocab_size * config.d_model * dtype.itemsize  # the chunk's gradient of it; autocast copies it too

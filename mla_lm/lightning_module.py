@@ -52,6 +52,12 @@ class LanguageModel(L.LightningModule):
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # steps since the last look, their losses and norms
         self.skipped = 0  # steps left out, of the whole run
 
+    def setup(self, stage: str) -> None:
+        """Compile on all devices or on none: each has timed the machine for itself, and the first one's word counts."""
+        if stage == "fit" and self.trainer.strategy.broadcast(self.config.compile):
+            torch.compiler.reset()  # or the compiler would give up after several jobs of a multirun
+            self.net.compile()
+
     @property
     def lr(self) -> float:
         """Learning rate of the step that comes next."""
@@ -148,11 +154,14 @@ class LanguageModel(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.totals = torch.zeros(3, dtype=torch.float64)
+        self.products = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # TF32 is for training: figures are those of scripts.evaluate
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.totals += totals_of(self.net, batch, self.token_bytes)
 
     def on_validation_epoch_end(self) -> None:
+        torch.set_float32_matmul_precision(self.products)
         totals = self.totals
         if self.trainer.world_size > 1:
             totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum")

@@ -62,17 +62,29 @@ def build_optimizer(
     """The optimiser of a `Transformer`.
 
     Args:
-        fused: AdamW in one kernel
+        fused: AdamW in one kernel; otherwise in a few for all parameters together, where the device has such
         dtype: that Muon orthogonalizes in; bf16 serves where the hardware is fast in it
     """
     groups = parameter_groups(model, config.weight_decay)
+    fused = fused or None  # False would be a loop over the parameters on every device
     if config.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=fused)
-    tables = {id(model.embedding.weight), id(model.head.weight)}  # their rows are no directions that mix
-    matrices, rest = groups
-    blocks = {**matrices, "params": [p for p in matrices["params"] if id(p) not in tables], "muon": True}
-    matrices["params"] = [p for p in matrices["params"] if id(p) in tables]
-    return MuonAdamW([blocks, matrices, rest], config, fused, dtype)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=fused)
+    else:
+        tables = {id(model.embedding.weight), id(model.head.weight)}  # their rows are no directions that mix
+        matrices, rest = groups
+        blocks = {**matrices, "params": [p for p in matrices["params"] if id(p) not in tables], "muon": True}
+        matrices["params"] = [p for p in matrices["params"] if id(p) in tables]
+        optimizer = MuonAdamW([blocks, matrices, rest], config, fused, dtype)
+    optimizer.register_load_state_dict_pre_hook(_keep_fused)
+    return optimizer
+
+
+def _keep_fused(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load state to where the optimiser's own kernel reads it: PyTorch goes by `fused` of the groups that are loaded.
+
+    These may be of a run in another precision, or of one from before Muon's groups had it.
+    """
+    state["param_groups"] = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -86,12 +98,13 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups with `weight_decay`
+        fused: as of torch.optim.AdamW
     """
 
-    def __init__(self, groups: list[dict], config: OptimizerConfig, fused: bool, dtype: torch.dtype):
-        defaults = {"lr": config.lr, "betas": tuple(config.betas), "momentum": config.momentum, "muon": False}
-        super().__init__(groups, defaults)
-        self.fused, self.dtype = fused, dtype
+    def __init__(self, groups: list[dict], config: OptimizerConfig, fused: bool | None, dtype: torch.dtype):
+        shared = {"lr": config.lr, "betas": tuple(config.betas), "fused": fused}
+        super().__init__(groups, {**shared, "momentum": config.momentum, "muon": False})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -124,7 +137,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _adamw(self, parameters: list[Tensor], group: dict) -> None:
         for p in parameters:
             if not self.state[p]:
-                device = p.device if self.fused else "cpu"
+                device = p.device if group["fused"] else "cpu"
                 step = torch.zeros((), dtype=torch.float32, device=device)
                 self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         states = [self.state[p] for p in parameters]
@@ -134,7 +147,7 @@ class MuonAdamW(torch.optim.Optimizer):
             *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
             [],
             [state["step"] for state in states],
-            fused=self.fused,
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

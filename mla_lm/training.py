@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
@@ -28,9 +29,11 @@ from mla_lm.hardware import (
     choose_accelerator,
     choose_compile,
     choose_precision,
+    choose_products,
     is_out_of_memory,
     matmul_flops_per_second,
     peak_memory_bytes,
+    take_own_gpu,
 )
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.loggers import build_loggers, finish_wandb
@@ -66,8 +69,10 @@ def train(config: TrainConfig, run: RunFolder, start: Start | None = None) -> fl
     began = time.monotonic()
     device, why = choose_accelerator(config.trainer.accelerator)
     choices, config.trainer.accelerator = [f"device      {device} ({why})"], {"cuda": "gpu"}.get(device, device)
+    if device == "cuda":
+        take_own_gpu()
     config.trainer.precision, why = choose_precision(config.trainer.precision, device)
-    choices.append(f"precision   {config.trainer.precision} ({why})")
+    choices.append(f"precision   {config.trainer.precision} ({why}{choose_products(device, config.trainer.precision)})")
 
     store = _open_data(config, run, start)
     _take_from_tokenizer(config, store)
@@ -164,9 +169,6 @@ class _Training:
     ):
         self.config, self.run, self.store, self.device = config, run, store, device
         self.size = model_size(config.model)
-        if config.compile:
-            torch.compiler.reset()  # or the compiler would give up after several jobs of a multirun
-            net.compile()
         precision = config.trainer.precision
         self.module = LanguageModel(
             net,
@@ -243,7 +245,10 @@ class _Training:
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy="ddp" if self.config.world_size > 1 else "auto",
+            # Buffers are the same everywhere from the start; gradients need no copy beside what is sent of them.
+            strategy=DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+            if self.config.world_size > 1
+            else "auto",
             precision=config.precision,
             max_steps=config.max_steps,
             val_check_interval=self.config.val_every_n_steps,

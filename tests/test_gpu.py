@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, summary_of
+from tests.conftest import ROOT, SMALL, rows_of, summary_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,12 +33,13 @@ for attention in kinds:
         torch.testing.assert_close(decoded.cpu(), expected, rtol=1e-4, atol=1e-4)
 """
 
-# Half precision goes through a kernel of its own, fp32 through that of the CPU's path.
+# Half precision goes through a kernel of its own from Ampere on, fp32 through that of the CPU's path.
 DOCUMENTS_APART = """
 import torch
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
 
-kinds = [AttentionConfig(kv_compressed_dim=32, rope_dim=16, nope_dim=16, value_dim=32)]
+mla = [{"nope_dim": 16, "value_dim": 32}, {}, {"nope_dim": 4, "value_dim": 28}]  # and heads of 48 and 32, of 20 and 28
+kinds = [AttentionConfig(kv_compressed_dim=32, rope_dim=16, **sizes) for sizes in mla]
 kinds += [AttentionConfig(num_kv_heads=n) for n in (4, 2, 1)]
 tokens = torch.randint(8, (3, 64))
 for attention in kinds:
@@ -46,7 +47,7 @@ for attention in kinds:
     expected = model(tokens, tokens.roll(-1))
     expected.backward()
     gradient = model.embedding.weight.grad.clone()
-    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 0.05), (torch.bfloat16, 0.05)):
         model.zero_grad()
         model.cuda()
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
@@ -57,11 +58,76 @@ for attention in kinds:
         assert off < tolerance, (attention, dtype, off)
 """
 
+# Which kernels run: of a decoding step none of cuDNN's, which it plans anew for each length of the cache; of AdamW one,
+# or in fp16, which has none, a few for all parameters.
+KERNELS = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.optim import OptimizerConfig, build_optimizer
 
-def run(*command: str, cwd=ROOT) -> None:
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+kinds = [AttentionConfig(kv_compressed_dim=64, rope_dim=32, nope_dim=32, value_dim=64)]
+kinds += [AttentionConfig(num_kv_heads=n) for n in (4, 2, 1)]
+for attention in kinds:
+    model = Transformer(TransformerConfig(2, 256, 4, 64, 256, attention, vocab_size=100)).cuda()
+    tokens = torch.randint(100, (2, 9), device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        cache = model.new_cache(2, dtype=torch.bfloat16)
+        model(tokens, cache=cache)
+        with Names() as ran:
+            model(tokens[:, :1], cache=cache)
+    assert any("attention" in name for name in ran.names), ran.names
+    assert not any("cudnn" in name for name in ran.names), ran.names
+for kind in ("adamw", "muon"):
+    for fused in (True, False):
+        optimizer = build_optimizer(model, OptimizerConfig(kind=kind), fused)
+        model(tokens, tokens).backward()
+        with Names() as ran:
+            optimizer.step()
+        assert ("_fused_adamw_" in ran.names) == fused, ran.names
+        assert fused or "_foreach_addcdiv_" in ran.names, ran.names
+        assert "addcdiv_" not in ran.names, ran.names
+"""
+
+MEMORY_OF_THE_LOSS = """
+import torch
+from mla_lm import TransformerConfig
+from mla_lm.flops import training_memory
+from mla_lm.loss import linear_cross_entropy
+
+config = TransformerConfig(1, 64, 2, 8192, 64, vocab_size=50257)  # four chunks
+x, weight = (torch.randn(*shape, 64, device="cuda", requires_grad=True) for shape in ((1, 8192), (50257,)))
+targets = torch.randint(50257, (1, 8192), device="cuda")
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for _ in range(2):  # the first also makes the libraries' own room
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            loss = linear_cross_entropy(x, weight, targets)
+        held = torch.cuda.max_memory_allocated() - before
+        del loss
+    planned = training_memory(config, 1, dtype).loss + x.nbytes + weight.nbytes  # and both gradients
+    assert abs(held / planned - 1) < 0.1, (dtype, held, planned)
+"""
+
+
+def run(*command: str, cwd=ROOT) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     result = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def gpus() -> int:
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
 
 
 def test_logits_are_those_of_the_cpu():
@@ -72,9 +138,44 @@ def test_documents_are_kept_apart():
     run("-c", DOCUMENTS_APART)
 
 
+def test_kernels():
+    run("-c", KERNELS)
+
+
+def test_the_loss_takes_the_memory_that_is_planned():
+    run("-c", MEMORY_OF_THE_LOSS)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_training(train, tmp_path, precision, compiled):
     overrides = (f"trainer.precision={precision}", f"compile={compiled}", "trainer.accelerator=gpu")
-    run(str(ROOT / "train.py"), *SMALL, *train.data, *overrides, "hydra.run.dir=run", cwd=tmp_path)
+    said = run(str(ROOT / "train.py"), *SMALL, *train.data, *overrides, "hydra.run.dir=run", cwd=tmp_path)
+    if precision != "32-true":
+        assert "TF32" not in said
     assert summary_of(tmp_path / "run")["accelerator"] == "gpu"
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("muon", "bf16-mixed"), ("muon", "16-mixed"), ("adamw", "16-mixed")])
+def test_resumed_training_goes_on_as_if_it_had_not_stopped(train, tmp_path, kind, precision):
+    steady = ("schedule.kind=wsd", "schedule.warmup_fraction=0", "schedule.decay_fraction=0")  # whatever max_steps is
+    hardware = ("trainer.accelerator=gpu", f"trainer.precision={precision}")
+    begin = (str(ROOT / "train.py"), *SMALL, *train.data, f"optimizer={kind}", *steady, *hardware)
+    run(*begin, "trainer.max_steps=8", "hydra.run.dir=whole", cwd=tmp_path)
+    run(*begin, "trainer.max_steps=4", "hydra.run.dir=parts", cwd=tmp_path)
+    run(str(ROOT / "train.py"), "ckpt_path=parts", "trainer.max_steps=8", cwd=tmp_path)
+    whole, parts = (
+        [row["train/loss"] for row in rows_of(tmp_path / name) if "train/loss" in row] for name in ("whole", "parts")
+    )
+    assert len(whole) == 8
+    assert parts == pytest.approx(whole, rel=5e-3)  # sums on a GPU come in any order
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None or gpus() < 2, reason="needs two CUDA devices")
+def test_two_gpus_give_the_losses_of_one(train, tmp_path):
+    hardware = ("trainer.accelerator=gpu", "micro_batch_tokens=64")  # two micro-batches on either
+    for devices in (1, 2):
+        options = (*hardware, f"trainer.devices={devices}", f"hydra.run.dir=run{devices}")
+        run(str(ROOT / "train.py"), *SMALL, *train.data, *options, cwd=tmp_path)
+    one, two = ([row["train/loss"] for row in rows_of(tmp_path / f"run{n}") if "train/loss" in row] for n in (1, 2))
+    assert two == pytest.approx(one, abs=5e-3)

@@ -35,7 +35,10 @@ def test_matrices_and_tables_decay_and_nothing_else(tied):
 def test_options_reach_adamw(fused):
     optimizer = build_optimizer(model_of(), OptimizerConfig(lr=0.01, betas=[0.8, 0.9]), fused=fused)
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert {(g["lr"], tuple(g["betas"]), g["fused"]) for g in optimizer.param_groups} == {(0.01, (0.8, 0.9), fused)}
+    for group in optimizer.param_groups:
+        assert (group["lr"], tuple(group["betas"])) == (0.01, (0.8, 0.9))
+        # None leaves both to PyTorch: foreach where the device has it. False would be a loop over the parameters.
+        assert (group["fused"], group["foreach"]) == (fused or None, None)
 
 
 def test_decay_is_of_the_matrices_when_gradients_are_zero():
@@ -170,6 +173,28 @@ def test_state_saved_and_loaded_goes_on_the_same(fused):
     for m, o in ((model, optimizer), (other, resumed)):
         train_steps(m, o, 3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("config", [MUON, OptimizerConfig()], ids=lambda config: config.kind)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("saved", [True, False, "before groups had it"])
+def test_loaded_state_lies_where_a_fresh_one_would(config, fused, saved):
+    """The fused kernel reads the step on the weights' device, the others on the CPU, whoever saved it."""
+    model = model_of()
+    optimizer = build_optimizer(model, config, fused=bool(saved))
+    train_steps(model, optimizer, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    if saved == "before groups had it":
+        for group in state["param_groups"]:
+            del group["fused"]
+    with torch.device("meta"):  # one that is not the CPU
+        elsewhere = build_optimizer(model_of(), config, fused)
+    elsewhere.load_state_dict(state)
+    placed = [(name, t.device.type) for s in elsewhere.state.values() for name, t in s.items()]
+    assert {name for name, _ in placed} >= {"step", "exp_avg"}
+    assert all(device == ("cpu" if name == "step" and not fused else "meta") for name, device in placed)
+    assert {group["fused"] for group in elsewhere.param_groups} == {fused or None}
+    assert {id(p) for p in elsewhere.state} == {id(p) for group in elsewhere.param_groups for p in group["params"]}
 
 
 @pytest.mark.parametrize(

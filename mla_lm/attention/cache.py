@@ -47,11 +47,11 @@ class LayerCache:
         self.max_len = max_len
         self.length = 0
 
-    def append(self, *new: Tensor) -> list[Tensor]:
-        """Store (B, heads, T, dim) after what is there; return all filled positions.
+    def append(self, *new: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Store (B, heads, T, dim) after what is there; return all filled positions in `dtype`, or that of `new`.
 
-        They are views of the cache, or in int8 what it stands for, in the dtype of `new`. A cache is for inference: no
-        gradient flows through it, and no graph grows with it.
+        They are views of the cache where that is its own dtype, in int8 what it stands for. A cache is for inference:
+        no gradient flows through it, and no graph grows with it.
 
         Raises:
             ValueError: there is no room for T more tokens; nothing has been stored then.
@@ -69,10 +69,11 @@ class LayerCache:
             tensor[:, :, self.length : end] = entry
         self.length = end
         filled = [tensor[:, :, :end] for tensor in self.tensors]
+        dtype = dtype or new[0].dtype
         if not self.quantized:
-            return filled
+            return [tensor.to(dtype) for tensor in filled]
         pairs = zip(filled[::2], filled[1::2], self.parts, strict=True)
-        return [dequantize(values, scales, parts, new[0].dtype) for values, scales, parts in pairs]
+        return [dequantize(values, scales, parts, dtype) for values, scales, parts in pairs]
 
     def _grow(self, room: int) -> None:
         for i, tensor in enumerate(self.tensors):

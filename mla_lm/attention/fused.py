@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from mla_lm.attention import decode
@@ -39,13 +40,26 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if queries < keys and q.device.type == "cpu" and not (torch.is_grad_enabled() and q.requires_grad):
         return _attend_to_past(q, k, v, scale)[..., :value_dim]
     if queries == 1:  # it sees every key
-        return F.scaled_dot_product_attention(_rows(q, k), k, v, scale=scale).view(q.shape)[..., :value_dim]
+        return _without_cudnn(_rows(q, k), k, v, scale).reshape(q.shape)[..., :value_dim]
     if q.is_cuda and q.dtype == torch.float32:  # only FlashAttention shares key heads, and it has no fp32
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     # Neither is a tensor on CUDA. is_causal would align the first query, not the last, with the first key.
     mask = {"attn_mask": causal_lower_right(queries, keys)} if queries < keys else {"is_causal": True}
     out = F.scaled_dot_product_attention(q, k, v, **mask, scale=scale, enable_gqa=k.size(1) < q.size(1))
     return out[..., :value_dim]
+
+
+def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Every query over every key, not by cuDNN's kernel, which would be planned anew for each length of a cache."""
+    if torch.compiler.is_compiling():  # which knows this context; by itself it takes 15 times as long as the flag
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def stores_scores(device: str, dtype: torch.dtype, tokens: int) -> bool:

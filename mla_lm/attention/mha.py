@@ -81,7 +81,7 @@ class MHA(nn.Module):
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
-            k, v = (tensor.to(q.dtype) for tensor in cache.append(k, v))
+            k, v = cache.append(k, v, dtype=q.dtype)
         out = document_attention(q, k, v, self.scale, documents)
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
 

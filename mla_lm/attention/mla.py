@@ -130,8 +130,9 @@ class MLA(nn.Module):
             out = self._decompressed(q_nope, q_rope, latent, k_rope, documents)
         else:
             entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1)  # (B, T, kv_compressed_dim + rope_dim)
-            (entries,) = cache.append(entry.unsqueeze(1))
-            entries = entries.squeeze(1).to(q.dtype)  # (B, S, kv_compressed_dim + rope_dim)
+            # The new latent is in fp32 under autocast, as its norm is; what is read is in what products are made of.
+            (entries,) = cache.append(entry.unsqueeze(1), dtype=q.dtype)
+            entries = entries.squeeze(1)  # (B, S, kv_compressed_dim + rope_dim)
             if self.absorbing_is_cheaper(T, cache.length):
                 out = self._absorbed(q_nope, q_rope, entries)
             else:

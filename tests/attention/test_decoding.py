@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig
 from mla_lm.attention.cache import dequantize, quantize
@@ -161,6 +162,34 @@ def test_int8_cache(layer, chunks, seed):
     expected = layer(x)
     torch.testing.assert_close(out, expected, rtol=0, atol=0.03 * expected.abs().max().item() + 1e-6)
     assert {tensor.dtype for tensor in cache.tensors} == {torch.int8, torch.bfloat16}
+
+
+class LargestFp32(TorchDispatchMode):
+    """Elements of the largest fp32 tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("absorb", [True, False])
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_a_cache_is_read_in_the_dtype_of_the_products(kind, absorb, dtype):
+    layer = MLA(MLAConfig(32, 4, 16, None, 4, 256)) if kind == "mla" else MHA(MHAConfig(32, 4, 256, 2))
+    layer.absorbing_is_cheaper = lambda queries, keys: absorb
+    cache = layer.new_cache(1, 256, dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(1, 200, 32), cache)
+        with LargestFp32() as largest:
+            layer(torch.randn(1, 1, 32), cache)
+    assert 0 < largest.elements <= 32 * 32  # of weights, of the new token and of sums, but of no 201 tokens
 
 
 @few

@@ -7,9 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.attention import documents
 from mla_lm.attention.documents import Documents
+from mla_lm.attention.fused import causal_attention
 from tests.attention.test_fused import BACKWARD, FORWARD, AttentionOps
 
 END = 7  # which begins a document
@@ -107,3 +110,65 @@ def test_fused_for_every_document(kind):
         model(windows("123457654321", "123412341234")).sum().backward()
     assert ops.names == [FORWARD] * 3 * 2 + [BACKWARD] * 3 * 2  # three documents, two layers
     assert ops.softmaxes == 0
+
+
+class KernelOfAGPU(TorchDispatchMode):
+    """PyTorch's attention over documents of any lengths, which only a GPU has, with what it asks of its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() != "torch_attn::_varlen_attn":
+            return func(*args, **(kwargs or {}))
+        q, k, v, starts, key_starts, longest, longest_keys, causal, scale = args[:9]
+        assert q.shape == k.shape == v.shape
+        assert q.size(2) % 8 == 0
+        assert q.size(2) <= 256
+        assert {t.dtype for t in (q, k, v)} == {torch.bfloat16}
+        assert all(t.stride(-1) == 1 for t in (q, k, v))
+        assert starts.dtype == torch.int32
+        assert torch.equal(starts, key_starts)
+        assert longest == longest_keys >= starts.diff().max()
+        assert causal
+        self.shapes.append(tuple(q.shape))
+        lengths = starts.diff().tolist()
+        parts = zip(*(t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t in (q, k, v)), strict=True)
+        out = torch.cat([causal_attention(*part, scale) for part in parts], dim=2).squeeze(0).transpose(0, 1)
+        return out, q.new_empty(q.size(1), q.size(0), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [(8, 8, 4, 4), (12, 8, 4, 4), (8, 12, 4, 2), (5, 3, 4, 1), (24, 16, 2, 2)], ids=str)
+def test_all_at_once_gives_what_one_by_one_does(monkeypatch, sizes):
+    dim, value_dim, heads, kv_heads = sizes
+    found = Documents.find(windows("0170112", "7707000"), END)
+    q = torch.randn(2, heads, 7, dim).bfloat16()
+    k, v = torch.randn(2, kv_heads, 7, dim).bfloat16(), torch.randn(2, kv_heads, 7, value_dim).bfloat16()
+    expected = documents.document_attention(q, k, v, 0.3, found)
+    monkeypatch.setattr(documents, "takes_all_at_once", lambda *_: True)
+    with KernelOfAGPU() as kernel:
+        out = documents.document_attention(q, k, v, 0.3, found)
+    assert kernel.shapes == [(14, heads, -(-max(dim, value_dim) // 8) * 8)]
+    assert out.shape == (2, heads, 7, value_dim)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_kernel_is_given_a_form_that_it_has():
+    """Names and order of its arguments, and that a gradient goes through, on tensors without data."""
+    q = torch.empty(14, 4, 12, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    v = torch.empty(14, 2, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    starts = torch.empty(6, device="meta", dtype=torch.int32)
+    out = documents._all_at_once(q, q[:, :2], v, 0.3, starts, 7)
+    out.sum().backward()
+    assert out.shape == (14, 4, 8)
+    assert (q.grad.shape, v.grad.shape) == (q.shape, v.shape)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim"),
+    [("cpu", torch.bfloat16, 64), ("cuda", torch.float32, 64), ("cuda", torch.bfloat16, 200)],
+)
+def test_where_there_is_no_kernel_for_all_at_once(device, dtype, head_dim):
+    assert not documents.takes_all_at_once(torch.device(device), dtype, head_dim)

@@ -159,3 +159,32 @@ def test_keys_are_cut_among_idle_threads(monkeypatch, threads, batch, kv_heads, 
     cuts = 1 if batch > 1 and kv_heads > 1 else max(1, min(threads // heads, past // 5))
     assert ops.heads[0] == cuts * heads
     assert len(ops.names) == 1 + (past % cuts > 0) + (queries > 1)  # what is left over, and the queries' own keys
+
+
+class LaidOutByToken(TorchDispatchMode):
+    """Kernels whose results lie in memory token by token, as on a GPU; whether cuDNN's was allowed when one ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.cudnn = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ != FORWARD:
+            return out
+        self.cudnn.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return out[0].transpose(1, 2).contiguous().transpose(1, 2), *out[1:]
+
+
+@pytest.mark.parametrize("value_dim", [8, 5, 11])
+def test_one_query_whatever_the_kernels_layout_and_not_by_cudnn(value_dim):
+    q = torch.randn(2, 6, 1, 8, requires_grad=True)  # with a gradient it takes the path of a GPU
+    k, v = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, value_dim)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with LaidOutByToken() as kernels:
+        out = causal_attention(q, k, v, 0.3)
+    assert kernels.cudnn == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    torch.testing.assert_close(out, written_out(q, k, v), rtol=1e-5, atol=1e-5)
+    compiled = torch.compile(causal_attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v, 0.3), out, rtol=1e-5, atol=1e-5)

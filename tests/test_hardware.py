@@ -1,0 +1,71 @@
+"""What the machine offers, as far as a machine without a GPU can tell."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from mla_lm import Transformer, TransformerConfig, UserError
+from mla_lm.config import TrainConfig
+from mla_lm.hardware import choose_products, take_own_gpu
+from mla_lm.lightning_module import LanguageModel
+
+
+class FirstRankSays(SingleDeviceStrategy):
+    """As on a rank that is not the first: what is broadcast comes from elsewhere."""
+
+    def __init__(self, word: bool):
+        super().__init__("cpu")
+        self.word = word
+
+    def broadcast(self, obj, src=0):
+        return self.word
+
+
+def module_of(compile: bool, strategy="auto") -> LanguageModel:
+    model = TransformerConfig(1, 8, 2, 8, 8, vocab_size=10)
+    module = LanguageModel(Transformer(model), TrainConfig(compile=compile, model=model), torch.ones(10), "")
+    module.trainer = L.Trainer(accelerator="cpu", strategy=strategy, logger=False, enable_checkpointing=False)
+    return module
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_every_rank_compiles_if_the_first_does(own, first):
+    module = module_of(own, FirstRankSays(first))
+    module.setup("fit")
+    assert (module.net._compiled_call_impl is not None) == first
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_one_device_compiles_as_configured_and_not_for_testing(compiled):
+    module = module_of(compiled)
+    module.setup("test")
+    assert module.net._compiled_call_impl is None
+    module.setup("fit")
+    assert (module.net._compiled_call_impl is not None) == compiled
+
+
+def test_evaluation_is_in_fp32_where_training_is_in_tf32():
+    module, before = module_of(False), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        module.on_validation_epoch_start()
+        assert torch.get_float32_matmul_precision() == "highest"
+        module.totals += 1
+        module.on_validation_epoch_end()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_products_on_a_cpu_are_of_fp32_whatever_came_before():
+    torch.set_float32_matmul_precision("high")
+    assert choose_products("cpu", "32-true") == ""
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1000")
+    with pytest.raises(UserError, match=r"LOCAL_RANK=1000, but this machine has \d+ GPUs"):
+        take_own_gpu()
