@@ -132,5 +132,6 @@ class Training:
         held_up += sum(self.step() for _ in range(steps))
         synchronize(self.device)
         loop = time.perf_counter() - began
-        self.io.wait()
+        for failure in (self.io.wait() or {}).values():
+            raise failure
         return Round(loop, held_up, written[0] - began if written else 0.0)
