@@ -5,18 +5,16 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
-from yaml import YAMLError
 
 from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
+from mla_lm.config_file import read_config, to_yaml
 from mla_lm.data.tokenizer import load_tokenizer
 from mla_lm.errors import UserError
 from mla_lm.files import whole_folder, write_atomically
@@ -63,16 +61,10 @@ class RunFolder:
         Raises:
             UserError: config.yaml is damaged or of another version.
         """
-        try:
-            loaded = OmegaConf.load(self.config_file)
-            if "model" not in loaded:
-                raise UserError(f"{self.config_file} is not the configuration of a run")
-            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded))
-        except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
+        return read_config(self.config_file)
 
     def write_config(self, config: TrainConfig) -> None:
-        self._write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        self._write_text(self.config_file, to_yaml(config))
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
         self._write_text(self.tokenizer_file, tokenizer.to_str(pretty=True))

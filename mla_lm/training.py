@@ -4,7 +4,6 @@ import logging
 import sys
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
 
 from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
 from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig, config_hash
+from mla_lm.config_file import to_yaml
 from mla_lm.data.datamodule import TextDataModule
 from mla_lm.data.store import TokenStore, open_store
 from mla_lm.data.tokenizer import load_tokenizer, token_bytes, vocabulary_size
@@ -89,7 +88,7 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
 
     if rank_zero_only.rank == 0:
         _prepare_folder(config, run, store, checkpoint)
-    say(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    say(to_yaml(config))
     say(table, "", *data_lines(store), *choices, "", sep="\n")
     return training.run_to_end(datamodule, checkpoint)
 
