@@ -9,7 +9,7 @@ import types
 from collections import Counter
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -97,7 +97,7 @@ def from_plain(value: Any, kind: type[T], key: str = "") -> T:
 class _PlainLoader(yaml.SafeLoader):
     """Without aliases, which let a short file stand for an endless one, without tags, and without dates."""
 
-    yaml_implicit_resolvers = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

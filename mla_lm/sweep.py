@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from hydra.conf import HydraConf
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from mla_lm import cli
 from mla_lm.config import TrainConfig, differing
@@ -87,7 +87,8 @@ def trials_of(sweep: Path) -> list[Trial]:
 
 def run_overrides(hydra_config: HydraConf) -> list[str]:
     """The command line of a job less `sweep=...`, which has set nothing but how Hydra makes jobs."""
-    return [override for override in hydra_config.overrides.task if not override.startswith("sweep=")]
+    task = OmegaConf.to_container(hydra_config.overrides, resolve=False)["task"]  # as typed: `\${` stays what it is
+    return [override for override in task if not override.startswith("sweep=")]
 
 
 def label(config: TrainConfig, hydra_config: HydraConf) -> None:

@@ -11,7 +11,20 @@ from mla_lm.data.config import PartConfig
 from mla_lm.errors import UserError
 from mla_lm.run import RunFolder
 
-SPECIAL = ("${HOME}", "${oc.env:HOME}", r"\${HOME}", "null", "~", "1e3", "1_0", "yes", "2024-01-01", "1:30", "<<", "---")
+SPECIAL = (
+    "${HOME}",
+    "${oc.env:HOME}",
+    r"\${HOME}",
+    "null",
+    "~",
+    "1e3",
+    "1_0",
+    "yes",
+    "2024-01-01",
+    "1:30",
+    "<<",
+    "---",
+)
 texts = (
     st.sampled_from(SPECIAL)
     | st.text(st.characters(codec="utf-8"))
@@ -41,7 +54,9 @@ def test_round_trip(file, prompts, files, text, number, truth, count):
     config.model.attention.rope_frequencies = None if truth else [number]
     RunFolder(file.parent).write_config(config)
     assert RunFolder(file.parent).config() == config
-    assert changed(TrainConfig(), {"data.prompts": prompts, "data.files": files, "logger.name": text}).data.files == files
+    assert (
+        changed(TrainConfig(), {"data.prompts": prompts, "data.files": files, "logger.name": text}).data.files == files
+    )
 
 
 def test_a_variable_is_text(file, monkeypatch):
