@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from mla_lm import cli, sweep
+from mla_lm import cli, sweep, trust
 from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
 from mla_lm.errors import TrainingFailed, UserError
 from mla_lm.resume import resumed_config, started_config
@@ -62,7 +62,8 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
         run, checkpoint = find_run(config.ckpt_path)
         if not checkpoint.is_file() and not run.is_begun:
             raise UserError(f"{run.path} stopped before its first checkpoint: begin it again, hydra.run.dir={run.path}")
-        config = resumed_config(config, run, overrides)
+        resumed = resumed_config(config, run, overrides)
+        config = trust.with_agreed_paths(resumed, run, config.trust, "agree with trust=true", config)
     elif config.init_from:
         config = started_config(config, find_run(config.init_from)[0], overrides)
     config.check()

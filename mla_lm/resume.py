@@ -40,7 +40,7 @@ def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
     changes = {}
     for key, by_group in _named_keys(overrides, list(theirs)).items():
         value = theirs[key]
-        if value == ours[key] or key == "ckpt_path" or (by_group and FILLED_IN.get(key, ...) == value):
+        if value == ours[key] or key in ("ckpt_path", "trust") or (by_group and FILLED_IN.get(key, ...) == value):
             continue
         if not is_incidental(key):
             raise UserError(

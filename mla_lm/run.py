@@ -55,6 +55,11 @@ class RunFolder:
     def wandb_id_file(self) -> Path:
         return self.path / "wandb_id"
 
+    @property
+    def origin_file(self) -> Path:
+        """That the paths in the configuration are this user's own: `mla_lm.trust`."""
+        return self.path / "origin"
+
     def config(self) -> TrainConfig:
         """The run's configuration.
 
@@ -93,6 +98,7 @@ class RunFolder:
     def foreign_files(self) -> list[str]:
         """Names that a run would write over, where they are no run's."""
         files = (self.tokenizer_file, self.last.parent, self.metrics_file, self.summary_file, self.wandb_id_file)
+        files += (self.origin_file,)
         return [] if self.config_file.exists() else [file.name for file in files if file.exists()]
 
     @contextmanager

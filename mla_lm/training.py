@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 
+from mla_lm import trust
 from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
 from mla_lm.checkpoint import load_checkpoint
@@ -118,6 +119,7 @@ def _take_from_tokenizer(config: TrainConfig, store: TokenStore) -> None:
 def _prepare_folder(config: TrainConfig, run: RunFolder, store: TokenStore, checkpoint: Path | None) -> None:
     """Write what is known of the run before it trains."""
     run.write_config(config)
+    trust.sign(run, config)
     run.write_tokenizer(store.tokenizer)
     for leftover in run.last.parent.glob(".*.ckpt.*"):  # of a process that was killed while it saved
         leftover.unlink()

@@ -17,7 +17,7 @@ from mla_lm.hf.check import compare_with_transformers
 from mla_lm.hf.engines import engines_for
 from mla_lm.hf.folder import export_run
 from mla_lm.run import load_run
-from scripts.evaluate import tokens_of_split
+from scripts.evaluate import add_trust, tokens_of_split
 
 
 def parse() -> argparse.Namespace:
@@ -32,6 +32,7 @@ def parse() -> argparse.Namespace:
         help="have transformers load it in a process of its own, and compare the loss on the run's test split and a "
         "greedy continuation",
     )  # fmt: skip
+    add_trust(parser)
     return parser.parse_args()
 
 
@@ -50,7 +51,7 @@ def main() -> None:
             print(f"{'':16}{note}")
     if args.check:
         model, tokenizer, config = load_run(args.run)
-        tokens = tokens_of_split(args.run, "test", tokenizer, config)
+        tokens = tokens_of_split(args.run, "test", tokenizer, config, args.trust)
         windows = torch.stack(list(EvaluationWindows(tokens, config.model.seq_len, split="test")))
         agrees, figures = compare_with_transformers(model, out, windows)
         print(f"check       {figures}")
