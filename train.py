@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from mla_lm import cli, sweep, trust
 from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
 from mla_lm.errors import TrainingFailed, UserError
+from mla_lm.plain_text import say
 from mla_lm.resume import resumed_config, started_config
 from mla_lm.run import RunFolder, find_run
 
@@ -79,7 +80,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     with run.lock():
         if multirun and sweep.is_same_run(config, run):  # a stopped sweep goes on
             if run.summary().get("finished"):
-                print(f"skipped     {run.path}: it has finished")
+                say(f"skipped     {run.path}: it has finished")
                 return run.summary()["val_loss"]
             checkpoint = run.last if run.last.is_file() else None
         if not checkpoint:

@@ -23,6 +23,7 @@ from mla_lm import cli
 from mla_lm.config import TrainConfig, differing
 from mla_lm.errors import Interrupted, UserError
 from mla_lm.files import write_atomically
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder
 
 # key of summary.json, heading, format
@@ -163,7 +164,7 @@ def reported(arguments: list[str]) -> Iterator[None]:
             yield
     except (Interrupted, KeyboardInterrupt):
         if SweepCallback.sweep:
-            print(end_report(SweepCallback.sweep, arguments, stopped=True))
+            say(end_report(SweepCallback.sweep, arguments, stopped=True))
         raise
     except Exception as error:
         origin = _origin(error)
@@ -171,7 +172,7 @@ def reported(arguments: list[str]) -> Iterator[None]:
             raise
         problem = f"{origin}: {type(error).__name__} {str(error).strip().partition(chr(10))[0]}"
     if SweepCallback.sweep:
-        print(end_report(SweepCallback.sweep, arguments))
+        say(end_report(SweepCallback.sweep, arguments))
         if failed := [trial for trial in trials_of(SweepCallback.sweep) if trial.status == "failed"]:
             reasons = [f"  {trial.run.path}: {trial.error.partition(chr(10))[0]}" for trial in failed]
             more = [f"  {len(failed) - 1} more, in the table above"] if len(failed) > 2 else reasons[1:]

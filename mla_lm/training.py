@@ -34,6 +34,7 @@ from mla_lm.hardware import (
 )
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.loggers import build_loggers, finish_wandb
+from mla_lm.plain_text import say
 from mla_lm.positions import LossByPosition
 from mla_lm.progress import progress
 from mla_lm.report import data_lines, end_report, git_commit, size_table
@@ -41,7 +42,7 @@ from mla_lm.run import RunFolder, check_fits, find_best, find_run, load_weights
 from mla_lm.saving import Checkpoints, StopOnSignal
 from mla_lm.transformer import Transformer
 
-say = rank_zero_only(print)
+say_once = rank_zero_only(say)
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}  # they write fit-profile.txt into the run folder
 
 
@@ -89,8 +90,8 @@ def train(config: TrainConfig, run: RunFolder, checkpoint: Path | None = None) -
 
     if rank_zero_only.rank == 0:
         _prepare_folder(config, run, store, checkpoint)
-    say(to_yaml(config))
-    say(table, "", *data_lines(store), *choices, "", sep="\n")
+    say_once(to_yaml(config))
+    say_once(table, "", *data_lines(store), *choices, "")
     return training.run_to_end(datamodule, checkpoint)
 
 
@@ -263,7 +264,7 @@ class _Training:
         for logger in loggers:
             if type(logger).__name__ == "WandbLogger":
                 logger.experiment.summary.update(summary)
-        print(end_report(self.run, summary, finish_wandb(loggers)))
+        say(end_report(self.run, summary, finish_wandb(loggers)))
 
     def _summary(self, trainer: L.Trainer, tested: dict[str, float], total_seconds: float) -> dict[str, Any]:
         """summary.json; what was not measured is None."""

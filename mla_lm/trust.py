@@ -24,6 +24,7 @@ from typing import Any
 from mla_lm.config import TrainConfig, make_paths_absolute
 from mla_lm.errors import UserError
 from mla_lm.files import check_private, private_folder, write_atomically
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder
 
 KEY_BYTES = 32
@@ -49,7 +50,7 @@ def sign(run: RunFolder, config: TrainConfig) -> None:
     try:
         signature = _signature(config)
     except UserError as error:
-        print(f"note        this run is not signed, so using its data again will need your word: {error}")
+        say(f"note        this run is not signed, so using its data again will need your word: {error}")
         return
     write_atomically(run.origin_file, lambda file: file.write(signature + b"\n"))
 

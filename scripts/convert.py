@@ -24,6 +24,7 @@ from mla_lm.evaluate import metrics_of, sums_over
 from mla_lm.files import check_free
 from mla_lm.flops import model_size
 from mla_lm.hardware import DTYPES
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder, find_best, find_run, load_run, write_model
 from mla_lm.transformer import Transformer
 from mla_lm.trust import is_signed, sign
@@ -69,11 +70,11 @@ def main() -> None:
         sign(RunFolder(out), made)
 
     for name, net in ((args.run, model), (args.out, converted)):
-        print(f"{name}: {figures(net, measured, tokenizer, config)}")
+        say(f"{name}: {figures(net, measured, tokenizer, config)}")
     path = shlex.quote(args.out)
     options = "optimizer=adamw optimizer.lr=5e-4 trainer.max_steps=200"
-    print(f"heal        python train.py init_from={path} data=... {options}")
-    print(f'sample      python -m scripts.generate {path} --prompt "..."')
+    say(f"heal        python train.py init_from={path} data=... {options}")
+    say(f'sample      python -m scripts.generate {path} --prompt "..."')
 
 
 def texts(

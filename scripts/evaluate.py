@@ -26,6 +26,7 @@ from mla_lm.errors import UserError
 from mla_lm.evaluate import SlidingWindows, evaluate, losses, metrics_of, position_table
 from mla_lm.files import write_atomically
 from mla_lm.hardware import choose_accelerator, inference_autocast
+from mla_lm.plain_text import say
 from mla_lm.run import find_best, load_run
 from mla_lm.trust import with_agreed_paths
 
@@ -99,9 +100,9 @@ def main() -> None:
         figures |= {"kv_cache": args.cache, "kv_cache_bytes_per_token": model.new_cache(1, 1, cache_dtype).nbytes}
     width = max(map(len, figures)) + 1
     for name, value in figures.items():
-        print(f"{name:{width}}{value:.4f}" if isinstance(value, float) else f"{name:{width}}{value}")
+        say(f"{name:{width}}{value:.4f}" if isinstance(value, float) else f"{name:{width}}{value}")
     if args.by_position:
-        print(f"\n{position_table({'loss': sums})}")
+        say(f"\n{position_table({'loss': sums})}")
         figures |= {"loss_by_position": losses(sums), "tokens_by_position": sums[1].int().tolist()}
     if args.json:
         write_json(Path(args.json), figures)
@@ -128,7 +129,7 @@ def evaluate_in_tasks(args: argparse.Namespace, device: str) -> None:
 
     run = load_run(args.run, device)
     results = evaluate_tasks(run, args.tasks.split(","), task_manager(args.include_path), args.limit)
-    print(table(results))
+    say(table(results))
     if args.json:
         kept = ("results", "groups", "versions", "n-shot", "n-samples", "cut_requests", "lm_eval_version")
         figures = {"run": args.run, "limit": args.limit} | {name: results[name] for name in kept if name in results}

@@ -17,6 +17,7 @@ from mla_lm.files import check_free, whole_folder
 from mla_lm.hf.card import model_card
 from mla_lm.hf.config import from_json, to_json
 from mla_lm.hf.weights import from_transformers, to_transformers
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder, find_best, load_run, write_model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -119,7 +120,7 @@ def _end_of_text(described: dict[str, Any], tokenizer: Tokenizer) -> str:
     if end is None:
         raise UserError(f"eos_token_id={eos} of config.json is not in tokenizer.json")
     if bos is not None and (begin := tokenizer.id_to_token(bos)) not in (None, end):
-        print(f"note        texts begin after {end} here; this model learned to begin them with {begin}")
+        say(f"note        texts begin after {end} here; this model learned to begin them with {begin}")
     return end
 
 
