@@ -1,8 +1,8 @@
 """Whose word counts for the paths in a run's config.yaml.
 
 A configuration names files that are read and a folder that copies of their text are written to. Of a run that this user
-trained these are the user's own words. A run of somebody else could name anything: a private file, or a folder that
-others see. So training signs those paths with a key that only this user has, and whoever is about to open them asks
+made these are the user's own words. A run of somebody else could name anything: a private file, or a folder that others
+see. So whatever makes a run signs its paths with a key that only this user has, and whoever is about to open them asks
 here first. Where the signature is missing or does not fit, the paths are used only if the user says so. Weights,
 tokenizer and figures lie in the run folder itself, and need no such word.
 
@@ -90,14 +90,14 @@ def with_agreed_paths(
     if not foreign.keys() - {CACHE}:
         if foreign:
             print(
-                f"note        {run.path} was not trained here by you: tokens go to {own.data.cache_dir}",
+                f"note        {run.path} was not made here by you: tokens go to {own.data.cache_dir}",
                 file=sys.stderr,
             )
         return replace(config, data=replace(config.data, cache_dir=own.data.cache_dir))
     named = [f"{key}={path}" for key, path in foreign.items()]
     more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
     raise UserError(
-        f"{run.path} was not trained here by you, and it asks for files: look at them in its config.yaml, then {how}\n"
+        f"{run.path} was not made here by you, and it asks for files: look at them in its config.yaml, then {how}\n"
         f"  {', '.join(text[:150] for text in named[:MOST_NAMED])}{more}"
     )
 

@@ -19,6 +19,7 @@ from mla_lm.hf.config import from_json, to_json
 from mla_lm.hf.weights import from_transformers, to_transformers
 from mla_lm.plain_text import say
 from mla_lm.run import RunFolder, find_best, load_run, write_model
+from mla_lm.trust import sign
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -100,6 +101,7 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
     config.data.tokenizer.file = str(RunFolder(out.absolute()).tokenizer_file)
     config.data.tokenizer.end_of_text = _end_of_text(described, tokenizer)
     write_model(out, config, tokenizer, {"state_dict": state})
+    sign(RunFolder(out), config)
     return config
 
 
