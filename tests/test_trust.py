@@ -156,6 +156,24 @@ def test_resuming_asks_once(theirs, settings, train, tmp_path, corpus):
     succeeded(call(evaluate, tmp_path, "run"))
 
 
+def test_a_foreign_run_learns_no_variable(theirs, settings, train, tmp_path, monkeypatch):
+    """Not on the terminal, nor in any file of the run, what wandb keeps for its upload among them."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    run = Path(shutil.copytree(theirs, tmp_path / "run"))
+    for keys in (("logger", "name"), ("logger", "group"), ("data", "column")):
+        edit(run, *keys, value="${oc.env:SECRET}")
+    edit(run, "data", "prompts", value=["def ${oc.env:SECRET}"])
+    edit(run, "tags", value=["${oc.env:SECRET}"])
+    refused(train.bare("ckpt_path=run", MORE, "trust=true"), "data have changed")  # its column, as the literal text
+    edit(run, "data", "column", value="text")
+    result = succeeded(train.bare("ckpt_path=run", MORE, "trust=true", "logger.kind=wandb"))
+    assert "name: ${oc.env:SECRET}" in result.stdout
+    assert "hunter2" not in result.stdout + result.stderr
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert [path for path in files if path.suffix == ".wandb"]
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+
+
 def test_paths_that_the_command_line_names_are_the_users_word(theirs, settings, train, tmp_path):
     shutil.copytree(theirs, tmp_path / "run")
     succeeded(train(MORE, "ckpt_path=run"))  # the command that made it, from another working directory
