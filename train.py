@@ -16,9 +16,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from mla_lm import cli, sweep
+from mla_lm import cli, sweep, trust
 from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
 from mla_lm.errors import TrainingFailed, UserError
+from mla_lm.plain_text import say
 from mla_lm.resume import different_keys, resumed_config, started_config
 from mla_lm.run import RunFolder, find_run
 from mla_lm.start import named_start, newest_start
@@ -62,7 +63,8 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     goes_on, checkpoint = bool(config.ckpt_path), None
     if goes_on:
         run, checkpoint = find_run(config.ckpt_path)
-        config = resumed_config(config, run, overrides)
+        resumed = resumed_config(config, run, overrides)
+        config = trust.with_agreed_paths(resumed, run, config.trust, "agree with trust=true", config)
     elif config.init_from:
         config = started_config(config, find_run(config.init_from)[0], overrides)
     config.check()
@@ -83,7 +85,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
             if different := different_keys(config, run):
                 refuse_to_write_over(run, key, f", with another {' and '.join(different[:3])}")
             if run.is_finished:
-                print(f"skipped     {run.path}: it has finished")
+                say(f"skipped     {run.path}: it has finished")
                 return run.summary()["val_loss"]
             start = newest_start(run)
         if not start and is_first_process():

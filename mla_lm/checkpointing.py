@@ -12,6 +12,7 @@ from mla_lm.callbacks import Metrics, log
 from mla_lm.config import TrainConfig
 from mla_lm.errors import TrainingFailed
 from mla_lm.lightning_module import LanguageModel
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder
 from mla_lm.saving import BackgroundCheckpointIO, Failures
 from mla_lm.start import best_of
@@ -92,7 +93,7 @@ class Checkpoints(Callback):
     @staticmethod
     def _tell(failures: Failures | None, then: str) -> None:
         for error in (failures or {}).values():
-            print(f"warning: {error}; {then}", file=sys.stderr)
+            say(f"warning: {error}; {then}", file=sys.stderr)
 
     def _see_to(self, failures: Failures | None, last_try: bool = False) -> None:
         """Take note of what became of a save.

@@ -16,6 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from mla_lm.config import flatten
 from mla_lm.errors import Interrupted, TrainingFailed, UserError
+from mla_lm.plain_text import say
 
 MOST_LINES, LONGEST_LINE = 3, 1000
 # What the operating system says of a path that a user named.
@@ -60,8 +61,8 @@ def report(error: Exception, schema: type | None = None) -> int:
     else:
         message = str(error)
     sys.stdout.flush()  # what came before stands before
-    for line in [line for line in message.splitlines() if line.strip()][:MOST_LINES]:
-        print(("" if line.startswith(" ") else "error: ") + line[:LONGEST_LINE], file=sys.stderr)
+    for line in [line for line in message.split("\n") if line.strip()][:MOST_LINES]:
+        say(("" if line.startswith(" ") else "error: ") + line[:LONGEST_LINE], file=sys.stderr)
     return 1 if isinstance(error, TrainingFailed) else 2
 
 

@@ -6,6 +6,8 @@ import unicodedata
 from itertools import zip_longest
 from typing import NamedTuple
 
+from mla_lm.plain_text import printable
+
 BETWEEN = " | "
 READABLE = 24  # cells that a column needs
 
@@ -103,13 +105,6 @@ def pack(parts: list[str], width: int) -> list[str]:
     return rows
 
 
-def printable(line: str) -> str:
-    """Without what would move the cursor or colour the screen."""
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in line)
-
-
 def fitting(line: str, width: int) -> int:
     """How many characters of the line's beginning take at most `width` cells; 1 at least."""
     if line.isascii():
@@ -126,5 +121,5 @@ def cells_of(text: str) -> int:
     """Cells of a terminal that a printable text takes, as far as the Unicode database tells."""
     if text.isascii():
         return len(text)
-    marks = sum(unicodedata.category(c) in ("Mn", "Me") for c in text)  # written over the character before
+    marks = sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)  # written over the character before
     return len(text) - marks + sum(unicodedata.east_asian_width(c) in "WF" for c in text)

@@ -72,6 +72,7 @@ class TrainConfig:
     compile: bool | None = None  # None: where it pays within the run
     ckpt_path: str | None = None  # a run folder, or a checkpoint in one: go on with that run
     init_from: str | None = None  # a run folder: begin a new run with its weights and tokenizer
+    trust: bool = False  # ckpt_path: the paths of a run that was made elsewhere may be used
     tokens_per_step: int = 2048  # over all devices and accumulated micro-batches
     micro_batch_tokens: int = 8192  # at most this many go through a device at once; accumulation follows
     val_every_n_steps: int = 300
@@ -169,6 +170,7 @@ class TrainConfig:
 # Keys that say where, on what and how visibly a run goes, but not what it computes.
 INCIDENTAL = (
     "ckpt_path",
+    "trust",
     "compile",
     "micro_batch_tokens",
     "model.activation_checkpointing",

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mla_lm.config import TrainConfig
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder
 
 WANDB_MODES = ("online", "offline", "dryrun", "disabled")
@@ -93,7 +94,7 @@ def never_fatal(logger: Logger) -> Iterator[None]:
         if not getattr(logger, "has_failed", False):
             logger.has_failed = True
             name = {"MetricsFile": "metrics.jsonl"}.get(type(logger).__name__, type(logger).__name__)
-            print(f"warning: {name} could not log ({error}): training goes on", file=sys.stderr)
+            say(f"warning: {name} could not log ({error}): training goes on", file=sys.stderr)
 
 
 def build_loggers(config: TrainConfig, run: RunFolder, start_step: int, began: float) -> list[Logger]:

@@ -6,9 +6,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from mla_lm.config import TrainConfig, differing, flatten, is_incidental, make_paths_absolute
+from mla_lm.config_file import changed
 from mla_lm.errors import UserError
 from mla_lm.run import RunFolder
 
@@ -39,7 +40,7 @@ def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
     changes = {}
     for key, by_group in _named_keys(overrides, list(theirs)).items():
         value = theirs[key]
-        if value == ours[key] or key == "ckpt_path" or (by_group and FILLED_IN.get(key, ...) == value):
+        if value == ours[key] or key in ("ckpt_path", "trust") or (by_group and FILLED_IN.get(key, ...) == value):
             continue
         if not is_incidental(key):
             raise UserError(
@@ -113,10 +114,7 @@ def _keys_of_file(group: str, option: str) -> list[str]:
 
 
 def _with(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    merged: DictConfig = OmegaConf.structured(config)
-    for key, value in changes.items():
-        OmegaConf.update(merged, key, value)
-    result = OmegaConf.to_object(merged)
+    result = changed(config, changes)
     make_paths_absolute(result)
     return result
 

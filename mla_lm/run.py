@@ -6,21 +6,20 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
-from yaml import YAMLError
 
 from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
+from mla_lm.config_file import read_config, to_yaml
 from mla_lm.data.tokenizer import load_tokenizer
 from mla_lm.errors import UserError
 from mla_lm.files import whole_folder, write_atomically
+from mla_lm.plain_text import say
 from mla_lm.transformer import Transformer
 
 
@@ -68,22 +67,21 @@ class RunFolder:
     def wandb_id_file(self) -> Path:
         return self.path / "wandb_id"
 
+    @property
+    def origin_file(self) -> Path:
+        """That the paths in the configuration are this user's own: `mla_lm.trust`."""
+        return self.path / "origin"
+
     def config(self) -> TrainConfig:
         """The run's configuration.
 
         Raises:
             UserError: config.yaml is damaged or of another version.
         """
-        try:
-            loaded = OmegaConf.load(self.config_file)
-            if "model" not in loaded:
-                raise UserError(f"{self.config_file} is not the configuration of a run")
-            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded))
-        except (OmegaConfBaseException, YAMLError, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.config_file} cannot be read: {str(error).splitlines()[0]}") from error
+        return read_config(self.config_file)
 
     def write_config(self, config: TrainConfig) -> None:
-        self._write_text(self.config_file, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+        self._write_text(self.config_file, to_yaml(config))
 
     def write_tokenizer(self, tokenizer: Tokenizer) -> None:
         self._write_text(self.tokenizer_file, tokenizer.to_str(pretty=True))
@@ -121,7 +119,7 @@ class RunFolder:
             if summary := self.summary():
                 self.write_summary({**summary, "finished": False})
         except UserError as error:
-            print(f"warning: {error}; it is written anew at the end", file=sys.stderr)
+            say(f"warning: {error}; it is written anew at the end", file=sys.stderr)
             self.summary_file.unlink()
 
     @property
@@ -132,6 +130,7 @@ class RunFolder:
     def foreign_files(self) -> list[str]:
         """Names that a run would write over, where they are no run's."""
         files = (self.tokenizer_file, self.last.parent, self.metrics_file, self.summary_file, self.wandb_id_file)
+        files += (self.origin_file,)
         return [] if self.config_file.exists() else [file.name for file in files if file.exists()]
 
     @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from mla_lm.checkpoint import load_checkpoint, set_aside, steps_behind
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder
 
 # What a checkpoint of training has beside the weights.
@@ -101,7 +102,7 @@ def prepare_checkpoints(run: RunFolder, start: Start) -> None:
 
 
 def _say(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}", file=sys.stderr)
 
 
 def best_of(run: RunFolder) -> dict[str, float]:

@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 
 from hydra.conf import HydraConf
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from mla_lm import cli
 from mla_lm.config import TrainConfig
 from mla_lm.errors import Interrupted, UserError
 from mla_lm.files import write_atomically
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder
 
 # key of summary.json, heading, format
@@ -87,7 +88,8 @@ def trials_of(sweep: Path) -> list[Trial]:
 
 def run_overrides(hydra_config: HydraConf) -> list[str]:
     """The command line of a job less `sweep=...`, which has set nothing but how Hydra makes jobs."""
-    return [override for override in hydra_config.overrides.task if not override.startswith("sweep=")]
+    task = OmegaConf.to_container(hydra_config.overrides, resolve=False)["task"]  # as typed: `\${` stays what it is
+    return [override for override in task if not override.startswith("sweep=")]
 
 
 def label(config: TrainConfig, hydra_config: HydraConf) -> None:
@@ -154,7 +156,7 @@ def reported(arguments: list[str]) -> Iterator[None]:
             yield
     except (Interrupted, KeyboardInterrupt):
         if SweepCallback.sweep:
-            print(end_report(SweepCallback.sweep, arguments, stopped=True))
+            say(end_report(SweepCallback.sweep, arguments, stopped=True))
         raise
     except Exception as error:
         origin = _origin(error)
@@ -162,7 +164,7 @@ def reported(arguments: list[str]) -> Iterator[None]:
             raise
         problem = f"{origin}: {type(error).__name__} {str(error).strip().partition(chr(10))[0]}"
     if SweepCallback.sweep:
-        print(end_report(SweepCallback.sweep, arguments))
+        say(end_report(SweepCallback.sweep, arguments))
         if failed := [trial for trial in trials_of(SweepCallback.sweep) if trial.status == "failed"]:
             reasons = [f"  {trial.run.path}: {trial.error.partition(chr(10))[0]}" for trial in failed]
             more = [f"  {len(failed) - 1} more, in the table above"] if len(failed) > 2 else reasons[1:]

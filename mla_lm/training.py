@@ -4,7 +4,6 @@ import logging
 import sys
 import time
 import warnings
-from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -13,12 +12,13 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import OmegaConf
 
+from mla_lm import trust
 from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
 from mla_lm.checkpointing import Checkpoints
 from mla_lm.config import TrainConfig, config_hash
+from mla_lm.config_file import to_yaml
 from mla_lm.data.datamodule import TextDataModule
 from mla_lm.data.store import TokenStore, open_store
 from mla_lm.data.tokenizer import load_tokenizer, token_bytes, vocabulary_size
@@ -37,6 +37,7 @@ from mla_lm.hardware import (
 )
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.loggers import build_loggers, finish_wandb
+from mla_lm.plain_text import say
 from mla_lm.positions import LossByPosition
 from mla_lm.progress import progress
 from mla_lm.report import data_lines, end_report, finite_or_none, git_commit, out_of_memory, size_table
@@ -47,7 +48,7 @@ from mla_lm.terminal import unbreakable_output
 from mla_lm.transformer import Transformer
 from mla_lm.watchdog import Watchdog
 
-say = rank_zero_only(print)
+say_once = rank_zero_only(say)
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}  # they write fit-profile.txt into the run folder
 
 
@@ -97,8 +98,8 @@ def train(config: TrainConfig, run: RunFolder, start: Start | None = None) -> fl
     if rank_zero_only.rank == 0:
         _prepare_folder(config, run, store, start)
     with unbreakable_output():
-        say(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-        say(table, "", *data_lines(store), *choices, "", sep="\n")
+        say_once(to_yaml(config))
+        say_once(table, "", *data_lines(store), *choices, "")
         return training.run_to_end(datamodule, start)
 
 
@@ -119,6 +120,7 @@ def _take_from_tokenizer(config: TrainConfig, store: TokenStore) -> None:
 def _prepare_folder(config: TrainConfig, run: RunFolder, store: TokenStore, start: Start | None) -> None:
     """Write what is known of the run before it trains."""
     run.write_config(config)
+    trust.sign(run, config)
     run.write_tokenizer(store.tokenizer)
     for leftover in run.last.parent.glob(".*.ckpt.*"):  # of a process that was killed while it saved
         leftover.unlink()
@@ -278,8 +280,8 @@ class _Training:
         try:
             self.run.write_summary(summary)
         except UserError as error:  # the figures are shown all the same, and made again from the last checkpoint
-            print(f"warning: {error}", file=sys.stderr)
-        print(end_report(self.run, summary, upload))
+            say(f"warning: {error}", file=sys.stderr)
+        say(end_report(self.run, summary, upload))
 
     def _summary(self, trainer: L.Trainer, tested: dict[str, float], total_seconds: float) -> dict[str, Any]:
         """summary.json; what was not measured is None."""

@@ -17,6 +17,7 @@ from mla_lm.config import TrainConfig, differing, flatten
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
 from mla_lm.flops import model_size
+from mla_lm.plain_text import printable
 from mla_lm.run import RunFolder, find_run
 
 # key of Run.figures, heading, format
@@ -82,6 +83,7 @@ def main() -> None:
         table = f"{caption(runs)}\n\n{table}"
     if len({run.figures["tokens_seen"] for run in runs}) > 1:
         table += "\n\nThese runs have seen different numbers of tokens, which may be all that sets them apart."
+    table = printable(table)
     print(table)
     if args.out:
         from scripts.plot import plot  # needs matplotlib, which the table does not

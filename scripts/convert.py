@@ -24,9 +24,11 @@ from mla_lm.evaluate import metrics_of, sums_over
 from mla_lm.files import check_free
 from mla_lm.flops import model_size
 from mla_lm.hardware import DTYPES
-from mla_lm.run import find_best, load_run, write_model
+from mla_lm.plain_text import say
+from mla_lm.run import RunFolder, find_best, find_run, load_run, write_model
 from mla_lm.transformer import Transformer
-from scripts.evaluate import tokens_of_files, tokens_of_split
+from mla_lm.trust import is_signed, sign
+from scripts.evaluate import add_trust, tokens_of_files, tokens_of_split
 
 CALIBRATION_TOKENS = 2**16  # second moments of a few hundred dimensions have settled by then
 
@@ -47,6 +49,7 @@ def parse() -> argparse.Namespace:
         help="keep the rotated part such that scripts.export takes the new run, at the cost of more to be healed",
     )
     parser.add_argument("--files", metavar="GLOB", help="text to convert and measure on (default: RUN's own)")
+    add_trust(parser)
     return parser.parse_args()
 
 
@@ -61,14 +64,17 @@ def main() -> None:
     converted = convert(model, calibration, *sizes)
     checkpoint = load_checkpoint(find_best(args.run)[1])
     kept = {key: checkpoint[key] for key in ("data_fingerprint",) if key in checkpoint}  # an imported model has none
-    write_model(out, replace(config, model=converted.config), tokenizer, {"state_dict": converted.state_dict(), **kept})
+    made = replace(config, model=converted.config)
+    write_model(out, made, tokenizer, {"state_dict": converted.state_dict(), **kept})
+    if args.trust or is_signed(find_run(args.run)[0]):
+        sign(RunFolder(out), made)
 
     for name, net in ((args.run, model), (args.out, converted)):
-        print(f"{name}: {figures(net, measured, tokenizer, config)}")
+        say(f"{name}: {figures(net, measured, tokenizer, config)}")
     path = shlex.quote(args.out)
     options = "optimizer=adamw optimizer.lr=5e-4 trainer.max_steps=200"
-    print(f"heal        python train.py init_from={path} data=... {options}")
-    print(f'sample      python -m scripts.generate {path} --prompt "..."')
+    say(f"heal        python train.py init_from={path} data=... {options}")
+    say(f'sample      python -m scripts.generate {path} --prompt "..."')
 
 
 def texts(
@@ -81,7 +87,9 @@ def texts(
         cut = len(tokens) * 9 // 10
         train, rest, name = tokens[:cut], tokens[cut:], args.files
     else:
-        train, rest = (tokens_of_split(args.run, split, tokenizer, config) for split in ("train", "validation"))
+        train, rest = (
+            tokens_of_split(args.run, split, tokenizer, config, args.trust) for split in ("train", "validation")
+        )
         name = "validation"
     if len(train) < config.model.d_model:
         raise UserError(f"{name} has {len(train)} tokens to convert on: give at least {config.model.d_model}")

@@ -26,7 +26,9 @@ from mla_lm.errors import UserError
 from mla_lm.evaluate import SlidingWindows, evaluate, losses, metrics_of, position_table
 from mla_lm.files import write_atomically
 from mla_lm.hardware import choose_accelerator, inference_autocast
+from mla_lm.plain_text import say
 from mla_lm.run import find_best, load_run
+from mla_lm.trust import with_agreed_paths
 
 
 def parse() -> argparse.Namespace:
@@ -54,9 +56,15 @@ def parse() -> argparse.Namespace:
         help="attention reads from a KV cache that keeps this, as in generation; its bytes are among the figures",
     )
     parser.add_argument("--json", metavar="OUT", help="also write the figures there")
+    add_trust(parser)
     tasks = parser.add_argument_group("tasks", "need lm-eval: pip install -r requirements-eval.txt")
     tasks.add_argument("--tasks", metavar="NAME[,NAME]", help="of lm-eval; `lm-eval ls tasks` lists them")
-    tasks.add_argument("--include-path", metavar="DIR", help="with tasks of your own, as YAML files")
+    tasks.add_argument(
+        "--include-path",
+        metavar="DIR",
+        help="with tasks of your own, as YAML files: these "
+        "can run Python code (`!function`), so give only files that you trust",
+    )
     tasks.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task only, for a try")
     return parser.parse_args()
 
@@ -79,7 +87,7 @@ def main() -> None:
     if args.files:
         tokens = tokens_of_files(args.files, args.column or config.data.column, tokenizer, config)
     else:
-        tokens = tokens_of_split(args.run, args.split or "test", tokenizer, config)
+        tokens = tokens_of_split(args.run, args.split or "test", tokenizer, config, args.trust)
     lengths = torch.from_numpy(token_bytes(tokenizer)).to(device)
     with inference_autocast(device, config.trainer.precision):
         windows = SlidingWindows(tokens, seq_len, stride)
@@ -92,9 +100,9 @@ def main() -> None:
         figures |= {"kv_cache": args.cache, "kv_cache_bytes_per_token": model.new_cache(1, 1, cache_dtype).nbytes}
     width = max(map(len, figures)) + 1
     for name, value in figures.items():
-        print(f"{name:{width}}{value:.4f}" if isinstance(value, float) else f"{name:{width}}{value}")
+        say(f"{name:{width}}{value:.4f}" if isinstance(value, float) else f"{name:{width}}{value}")
     if args.by_position:
-        print(f"\n{position_table({'loss': sums})}")
+        say(f"\n{position_table({'loss': sums})}")
         figures |= {"loss_by_position": losses(sums), "tokens_by_position": sums[1].int().tolist()}
     if args.json:
         write_json(Path(args.json), figures)
@@ -121,19 +129,32 @@ def evaluate_in_tasks(args: argparse.Namespace, device: str) -> None:
 
     run = load_run(args.run, device)
     results = evaluate_tasks(run, args.tasks.split(","), task_manager(args.include_path), args.limit)
-    print(table(results))
+    say(table(results))
     if args.json:
         kept = ("results", "groups", "versions", "n-shot", "n-samples", "cut_requests", "lm_eval_version")
         figures = {"run": args.run, "limit": args.limit} | {name: results[name] for name in kept if name in results}
         write_json(Path(args.json), figures | {"config": asdict(run[2])})
 
 
-def tokens_of_split(run: str, split: str, tokenizer: Tokenizer, config: TrainConfig) -> Tokens:
-    """A split of the very data that the run was trained on; UserError where they have changed."""
-    fingerprint = load_checkpoint(find_best(run)[1]).get("data_fingerprint")
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """For `tokens_of_split`."""
+    parser.add_argument(
+        "--trust", action="store_true", help="read the files that RUN names, though it was made elsewhere"
+    )
+
+
+def tokens_of_split(run: str, split: str, tokenizer: Tokenizer, config: TrainConfig, trusted: bool = False) -> Tokens:
+    """A split of the very data that the run was trained on.
+
+    Raises:
+        UserError: they have changed; or the run was made elsewhere, names files, and is not `trusted`.
+    """
+    folder, checkpoint = find_best(run)
+    fingerprint = load_checkpoint(checkpoint).get("data_fingerprint")
     if fingerprint is None:
         raise UserError(f"{run} was imported, so it has no data of its own: give --files")
-    store = open_store(config.data, tokenizer if config.init_from else None)
+    data = with_agreed_paths(config, folder, trusted, "agree with --trust").data
+    store = open_store(data, tokenizer if config.init_from else None)
     if store.fingerprint != fingerprint:
         raise UserError(f"the data of {run} have changed since ({store.description}): restore them, or give --files")
     return store.tokens(split)

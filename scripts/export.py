@@ -16,8 +16,9 @@ from mla_lm.errors import UserError
 from mla_lm.hf.check import compare_with_transformers
 from mla_lm.hf.engines import engines_for
 from mla_lm.hf.folder import export_run
+from mla_lm.plain_text import say
 from mla_lm.run import load_run
-from scripts.evaluate import tokens_of_split
+from scripts.evaluate import add_trust, tokens_of_split
 
 
 def parse() -> argparse.Namespace:
@@ -32,6 +33,7 @@ def parse() -> argparse.Namespace:
         help="have transformers load it in a process of its own, and compare the loss on the run's test split and a "
         "greedy continuation",
     )  # fmt: skip
+    add_trust(parser)
     return parser.parse_args()
 
 
@@ -41,19 +43,19 @@ def main() -> None:
     if args.check and args.dtype != "float32":
         raise UserError(f"--check compares in fp32: leave out --dtype {args.dtype}")
     config = export_run(args.run, out, getattr(torch, args.dtype))
-    print(f"written     {shlex.quote(str(out))}: model.safetensors in {args.dtype}, tokenizer, README.md")
-    print(f'load        AutoModelForCausalLM.from_pretrained("{out}")')
-    print("engines")
+    say(f"written     {shlex.quote(str(out))}: model.safetensors in {args.dtype}, tokenizer, README.md")
+    say(f'load        AutoModelForCausalLM.from_pretrained("{out}")')
+    say("engines")
     for verdict in engines_for(config.model):
-        print(f"  {verdict.engine:14}{verdict.word}")
+        say(f"  {verdict.engine:14}{verdict.word}")
         for note in verdict.notes:
-            print(f"{'':16}{note}")
+            say(f"{'':16}{note}")
     if args.check:
         model, tokenizer, config = load_run(args.run)
-        tokens = tokens_of_split(args.run, "test", tokenizer, config)
+        tokens = tokens_of_split(args.run, "test", tokenizer, config, args.trust)
         windows = torch.stack(list(EvaluationWindows(tokens, config.model.seq_len, split="test")))
         agrees, figures = compare_with_transformers(model, out, windows)
-        print(f"check       {figures}")
+        say(f"check       {figures}")
         if not agrees:
             sys.exit(1)
 

@@ -16,11 +16,12 @@ import torch
 
 from mla_lm import cli
 from mla_lm.attention.cache import CACHE_DTYPES
-from mla_lm.columns import Column, Screen, printable
+from mla_lm.columns import Column, Screen
 from mla_lm.continuation import Continuation, Decoding, in_turns
 from mla_lm.errors import UserError
 from mla_lm.generate import check_sampling, generate
 from mla_lm.hardware import DTYPES, check_compiler, choose_accelerator, inference_autocast
+from mla_lm.plain_text import printable, say
 from mla_lm.report import human_bytes
 from mla_lm.run import find_run, load_run
 
@@ -176,7 +177,7 @@ def show_columns(prompts: list[str], *runs: SampledRun) -> None:
         per_token = [decoding.cache_bytes_per_token for decoding in decodings]
         for run, decoding, own, other in zip(runs, decodings, per_token, reversed(per_token), strict=True):
             cache = f"{own:,} B/token, {own / other:.3f} of the other's"
-            print(f"{run.name}: {speed_and_cache(decoding)}, {cache}", file=sys.stderr)
+            say(f"{run.name}: {speed_and_cache(decoding)}, {cache}", file=sys.stderr)
 
 
 def begin_both(prompt: str, runs: tuple[SampledRun, ...]) -> list[Decoding]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from mla_lm import cli
 from mla_lm.flops import model_size
 from mla_lm.hf.folder import import_folder
+from mla_lm.plain_text import say
 
 
 def parse() -> argparse.Namespace:
@@ -24,9 +25,9 @@ def main() -> None:
     run = Path(args.run).expanduser()
     config = import_folder(Path(args.folder).expanduser(), run)
     size, path = model_size(config.model), shlex.quote(str(run))
-    print(f"imported    {size.attention}, {size.parameters:,} parameters, a context of {config.model.seq_len:,} tokens")
-    print(f'sample      python -m scripts.generate {path} --prompt "..."')
-    print(f"fine-tune   python train.py init_from={path} data=text data.files=... optimizer=adamw optimizer.lr=3e-4")
+    say(f"imported    {size.attention}, {size.parameters:,} parameters, a context of {config.model.seq_len:,} tokens")
+    say(f'sample      python -m scripts.generate {path} --prompt "..."')
+    say(f"fine-tune   python train.py init_from={path} data=text data.files=... optimizer=adamw optimizer.lr=3e-4")
 
 
 if __name__ == "__main__":

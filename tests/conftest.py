@@ -105,12 +105,15 @@ def call_main(program: Callable[[], NoReturn], arguments: list[str], folder: Pat
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _plain_machine():
-    """No GPU, no wandb account, and one thread, as runs that are compared bit by bit must have the same number."""
+def _plain_machine(tmp_path_factory):
+    """No GPU, no wandb account, a key of its own that signs runs, and one thread, as runs that are compared bit by bit
+    must have the same number.
+    """
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
         torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)

@@ -3,14 +3,19 @@
 import io
 import re
 import sys
+import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_lm.columns import Column, Screen, cells_of, fold, pack, side_by_side
+from mla_lm.plain_text import printable
 
 CODE = "def f(value):\n    return [item for item in value.items() if item]\n"
+
+
+BIDIRECTIONAL = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 def without_spaces(text: str) -> str:
@@ -36,7 +41,17 @@ def test_fold_cuts_at_spaces_and_keeps_lines_and_indentation():
 
 def test_nothing_controls_the_terminal():
     (row,) = fold("a\x1b[2Jb\rc\x07\u202e\N{NO-BREAK SPACE}d", 40)
-    assert row == "a\N{REPLACEMENT CHARACTER}[2Jb c\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER} d"
+    assert row == r"a\x1b[2Jb\rc\x07\u202e" + "\N{NO-BREAK SPACE}d"
+
+
+@given(st.text(st.characters()))
+def test_printable_changes_control_characters_only(text):
+    shown = printable(text)
+    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c != "\n"]
+    assert not [c for c in shown if unicodedata.bidirectional(c) in BIDIRECTIONAL]
+    shown.encode()  # it can be written anywhere
+    if all(unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" for c in text):
+        assert shown == text
 
 
 def test_cells():

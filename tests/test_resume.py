@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mla_lm import load_run
 from tests.conftest import SMALL, TrainCommand, refused, rows_of, succeeded, summary_of
 
 # Micro-batches of two windows: every step accumulates four of them. Dropout draws random numbers.
@@ -123,6 +124,16 @@ def test_more_steps_from_a_moved_folder(train, tmp_path):
     assert summary_of(moved)["steps"] == 8
     assert "max_steps: 8" in (moved / "config.yaml").read_text()
     assert [row["step"] for row in rows_of(moved) if "train/loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_dollar_in_a_text(train, tmp_path):
+    run = tmp_path / "run"
+    succeeded(train(r"data.prompts=['echo \${HOME}']", "hydra.run.dir=run"))
+    assert load_run(run)[2].data.prompts == ["echo ${HOME}"]
+    succeeded(train.bare("ckpt_path=run", "trainer.max_steps=7"))
+    assert load_run(run)[2].data.prompts == ["echo ${HOME}"]
+    succeeded(train.bare("ckpt_path=run", "trainer.max_steps=8", r"data.prompts=['\${oc.env:HOME}']"))
+    assert load_run(run)[2].data.prompts == ["${oc.env:HOME}"]
 
 
 def test_the_same_command_again_resumes(train, tmp_path, uninterrupted):

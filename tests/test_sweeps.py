@@ -285,6 +285,19 @@ def test_mistakes(train, overrides, words):
     refused(train(*overrides), *words)
 
 
+def test_a_variable_stays_as_it_was_typed(train, tmp_path, monkeypatch):
+    """An escaped one is text; of another, the record of a trial does not tell the value."""
+    monkeypatch.setenv("NAME", "hunter2")
+    escaped = (r"data.prompts=['a \${HOME}']", "logger.name=${oc.env:NAME}")
+    result = succeeded(train.bare("-m", *TINY, *train.data, *escaped, "seed=1,2", "hydra.sweep.dir=sweep"))
+    assert "hunter2" not in "".join(path.read_text() for path in (tmp_path / "sweep" / "trials").iterdir())
+    succeeded(train.bare(*command_after(result, "best")[1:], "hydra.run.dir=alone"))
+    for run in ("sweep/0", "sweep/1", "alone"):
+        config = yaml.safe_load((tmp_path / run / "config.yaml").read_text())
+        assert config["data"]["prompts"] == ["a ${HOME}"]
+        assert config["logger"]["name"] == "hunter2"  # what the user asked for
+
+
 def test_wandb_finds_the_runs_of_a_sweep(train, tmp_path, monkeypatch):
     """Group and tag are set in a sweep only, change no config_hash, and no file tells the key."""
     key = "5ec2e7" * 6 + "5ec2"

@@ -86,7 +86,7 @@ def test_every_attention_kind(train, tmp_path, kind, elements):
     run = tmp_path / "run"
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     checkpoints = {f"checkpoints/{name}.ckpt" for name in ("last", "last-1", "best")}
-    assert files == {"config.yaml", "tokenizer.json", "metrics.jsonl", "summary.json"} | checkpoints
+    assert files == {"config.yaml", "origin", "tokenizer.json", "metrics.jsonl", "summary.json"} | checkpoints
 
     summary = summary_of(run)
     assert list(summary) == SUMMARY

@@ -27,6 +27,7 @@ from mla_lm.data.tokenizer import (
 )
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
+from mla_lm.plain_text import say
 
 SHARD_TOKENS = 2**27
 BATCH_CHARACTERS = 2**20  # tokenized at once, on all cores, in up to a few hundred MB of memory
@@ -47,7 +48,7 @@ def build_store(folder: Path, source: Source, config: TokenizerConfig, tokenizer
         UserError: a mistake in the text or the tokenizer, and the draft is gone; or a disk that fails, and it is kept.
     """
     draft = folder.with_name(folder.name + ".tmp")
-    print(f"Tokenizing {source.description}")
+    say(f"Tokenizing {source.description}")
     try:
         meta, tokenizer = _go_on(draft, source, tokenizer) or _begin(draft, source, config, tokenizer)
         for split in SPLITS:
@@ -188,7 +189,7 @@ def _check(split: str, done: dict, source: Source) -> None:
 
 def _report(meta: dict) -> None:
     if skipped := meta["skipped"]:
-        print(f"{len(skipped)} files could not be decoded and are left out: {', '.join(skipped[:5])}")
+        say(f"{len(skipped)} files could not be decoded and are left out: {', '.join(skipped[:5])}")
     for split, part in meta["splits"].items():
         tokens = sum(shard["tokens"] for shard in part["shards"])
         print(f"{split}: {tokens:,} tokens, {part['text_bytes'] / tokens:.2f} bytes per token")

@@ -17,6 +17,7 @@ from mla_lm.data.shards import Tokens
 from mla_lm.data.sources import SPLITS, Source, open_source
 from mla_lm.data.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
 from mla_lm.errors import UserError
+from mla_lm.plain_text import say
 
 VERSION = "1"  # raise it when the same corpus and tokenizer config come to give other tokens
 
@@ -70,7 +71,7 @@ def open_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenS
         with sole_writer(folder):
             if fault := _fault(folder):  # still: nobody else built it while this process waited
                 if folder.exists():
-                    print(f"The token cache {folder} is built again: {fault}")
+                    say(f"The token cache {folder} is built again: {fault}")
                 build_store(folder, source, config.tokenizer, tokenizer)
     return _open_folder(folder)
 
@@ -136,7 +137,7 @@ def sole_writer(path: Path) -> Iterator[None]:
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
-            print(f"Waiting for another process that builds the token cache {path}")
+            say(f"Waiting for another process that builds the token cache {path}")
             held = lock.acquire()
         with held:
             yield

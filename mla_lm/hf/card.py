@@ -1,10 +1,12 @@
 """The model card of an exported run."""
 
+import re
 from typing import Any
 
 from mla_lm.config import TrainConfig
 from mla_lm.flops import model_size
 from mla_lm.hf.engines import engines_for
+from mla_lm.plain_text import printable
 
 # What of summary.json the card shows, and how.
 FIGURES = (
@@ -23,6 +25,7 @@ NAMES = {
     "gqa": "grouped-query attention",
     "mqa": "multi-query attention",
 }
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 CARD = """\
 ---
 library_name: transformers
@@ -73,10 +76,7 @@ def model_card(summary: dict[str, Any], config: TrainConfig, described: dict[str
         described: config.json
     """
     model, size = config.model, model_size(config.model)
-    figures = [
-        f"| {heading} | {form.format(value) if (value := summary.get(key)) is not None else 'not measured'} |"
-        for key, heading, form in FIGURES
-    ]
+    figures = [f"| {heading} | {_figure(summary.get(key), form)} |" for key, heading, form in FIGURES]
     verdicts = [f"| {v.engine} | {v.word} | {'; '.join(v.notes)} |" for v in engines_for(model)]
     return CARD.format(
         kind=size.attention,
@@ -100,10 +100,21 @@ def _data(summary: dict[str, Any], config: TrainConfig) -> str:
     if fingerprint is None:
         return "Not known: the run has not been trained here, or not to its end."
     data = config.data
-    text = {
-        "python_stdlib": "The source code of Python's standard library.",
-        "hub": f"{data.path} of the Hugging Face Hub"
-        + "".join(f", {x}" for x in (data.name, data.revision) if x)
-        + ".",
-    }.get(data.source, "Text files of the one who trained it.")  # their paths are nobody else's business
-    return f"{text}\nFingerprint of text, split and tokenizer: `{fingerprint}`."
+    text = "Text files of the one who trained it."  # their paths are nobody else's business
+    if data.source == "python_stdlib":
+        text = "The source code of Python's standard library."
+    elif data.source == "hub" and HUB_NAME.fullmatch(data.path or ""):  # and not a folder
+        details = "".join(f", {_code(x)}" for x in (data.name, data.revision) if x)
+        text = f"`{data.path}` of the Hugging Face Hub{details}."
+    return f"{text}\nFingerprint of text, split and tokenizer: {_code(fingerprint)}."
+
+
+def _figure(value: Any, form: str) -> str:
+    if isinstance(value, int | float):
+        return form.format(value)
+    return "not measured" if value is None else _code(value).replace("|", r"\|")
+
+
+def _code(text: Any) -> str:
+    """What a run's files say, as code in Markdown, which nothing in it can end."""
+    return "`" + printable(f"{text}").replace("\n", r"\n").replace("`", "'") + "`"

@@ -17,7 +17,9 @@ from mla_lm.files import check_free, whole_folder
 from mla_lm.hf.card import model_card
 from mla_lm.hf.config import from_json, to_json
 from mla_lm.hf.weights import from_transformers, to_transformers
+from mla_lm.plain_text import say
 from mla_lm.run import RunFolder, find_best, load_run, write_model
+from mla_lm.trust import sign
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -99,6 +101,7 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
     config.data.tokenizer.file = str(RunFolder(out.absolute()).tokenizer_file)
     config.data.tokenizer.end_of_text = _end_of_text(described, tokenizer)
     write_model(out, config, tokenizer, {"state_dict": state})
+    sign(RunFolder(out), config)
     return config
 
 
@@ -119,7 +122,7 @@ def _end_of_text(described: dict[str, Any], tokenizer: Tokenizer) -> str:
     if end is None:
         raise UserError(f"eos_token_id={eos} of config.json is not in tokenizer.json")
     if bos is not None and (begin := tokenizer.id_to_token(bos)) not in (None, end):
-        print(f"note        texts begin after {end} here; this model learned to begin them with {begin}")
+        say(f"note        texts begin after {end} here; this model learned to begin them with {begin}")
     return end
 
 

@@ -141,6 +141,10 @@ def test_a_format_that_is_not_read(folder):
     refused(result, "table.csv", "--files takes")
 
 
+def test_help_warns_of_code_in_tasks(folder):
+    assert "can run Python code (`!function`)" in " ".join(succeeded(run(folder, "--help")).stdout.split())
+
+
 def test_nothing_to_predict(folder):
     (folder / "end.jsonl").write_text('{"text": null}\n{"text": null}\n')
     refused(run(folder, "--files", "end.jsonl"), "end.jsonl", "no text to predict")

@@ -1,0 +1,18 @@
+"""Text of others on this user's terminal: it is shown, and does nothing there."""
+
+import re
+from typing import TextIO
+
+# C0 and C1 but the line end, marks of direction, Unicode's own line ends, and halves of characters, which in a path
+# stand for bytes that are no UTF-8
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """With what would move the cursor, colour the screen or turn the direction of writing as escapes, but line ends."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines that may have names, paths or texts of others in them; on stdout, unless `file` is given."""
+    print(*map(printable, lines), sep="\n", file=file)
