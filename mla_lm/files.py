@@ -1,7 +1,9 @@
 """Files and folders on disk: whole or not at all, and private where code is loaded from them."""
 
 import contextlib
+import grp
 import os
+import pwd
 import secrets
 import shutil
 import stat
@@ -79,26 +81,56 @@ def sync_folder(path: Path) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """A folder that nobody else can read or write, made where it is not there; for what is run or kept secret.
+    """A folder that nobody else can write; made for nobody else to read. For what is run, or kept secret.
 
     Raises:
-        UserError: it belongs to another user, others can write it, or it cannot be made.
+        UserError: as `check_private`, or it cannot be made.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_private(path)
+        _make_private(path)
     except OSError as error:
         raise UserError(f"{path} cannot be made: {error.strerror}") from error
+    check_private(path)
     return path
 
 
+def _make_private(path: Path) -> None:
+    if not path.is_dir():
+        _make_private(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)  # whatever the umask; `parents=True` would leave the others to it
+
+
 def check_private(path: Path) -> None:
-    """Raises UserError where a file or folder, or what a link stands for, is another user's or others can write it."""
-    status = path.stat()
-    if status.st_uid != os.getuid():
+    """See that nobody but this user and root has a say in what is at `path`, a file or folder that is there.
+
+    A folder above it that others can write is as good as itself, as they can put another in its place; in a sticky one,
+    such as /tmp, they cannot. So it is for both ends of a link.
+
+    Raises:
+        UserError: somebody has.
+    """
+    if path.stat().st_uid not in (os.getuid(), 0):
         raise UserError(f"{path} belongs to another user, so nothing in it is used: remove it, or name another place")
-    if stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UserError(f"{path} can be written by others, so nothing in it is used: chmod go-w {path}")
+    if _others_write(path):
+        raise UserError(f"{path} can be written by others, so nothing in it is used: remove it, or chmod go-w {path}")
+    for parent in (*path.absolute().parents, *path.resolve().parents):
+        if _others_write(parent) and not parent.stat().st_mode & stat.S_ISVTX:
+            raise UserError(f"{parent} can be written by others, so nothing in {path} is used: chmod go-w {parent}")
+
+
+def _others_write(path: Path) -> bool:
+    status = path.stat()
+    shared = status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid)
+    return bool(shared or status.st_mode & stat.S_IWOTH)
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether it is the group that many systems give each user for himself, whose folders the group can write."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def check_free(path: Path) -> None:
