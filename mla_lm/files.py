@@ -62,6 +62,30 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink()
 
 
+def open_own(path: Path, mode: str) -> BinaryIO:
+    """`open` for writing that follows no link at the end of `path`, which somebody else may have put there.
+
+    Raises:
+        OSError: there is a link, or it cannot be opened.
+    """
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a file that somebody else may have written.
+
+    Raises:
+        UserError: it is no file, such as a pipe, or has more bytes than any file of its kind.
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a file")
+    if status.st_size > most_bytes:
+        raise UserError(f"{path} has {status.st_size:,} bytes, and no such file has more than {most_bytes:,}")
+    return path.read_text(encoding="utf-8")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, and see that they are on the disk; nothing happens where it is there."""
     if path.is_dir():

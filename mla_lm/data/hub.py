@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_lm.data.config import CorpusConfig, DataConfig
-from mla_lm.data.hashes import content_hashes, hash_text
+from mla_lm.data.hashes import content_hashes, hash_text, remembered
 from mla_lm.data.network import from_cache_only, reach_hub
 from mla_lm.data.sources import SPLITS, Source, split_of
 from mla_lm.data.text_files import PIECE, ROWS, column_values, import_datasets
@@ -76,10 +76,7 @@ def _content(folder: Path, cache: Path) -> str:
 
 def _look_up(config: CorpusConfig, content: str | None, memory: Path) -> tuple[str, list[str]]:
     """Commit (of a folder: the hash of its content) and split names; asked once, then known from `memory`."""
-    try:
-        known = json.loads(memory.read_bytes())
-    except (OSError, ValueError):
-        known = {}
+    known = remembered(memory)
     key = f"{config.path} {config.name} {content or config.revision}"
     if key not in known:
         with _network(config), _explained(config):
