@@ -183,6 +183,11 @@ def peak_memory_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
 
 
+def memory_bytes() -> int:
+    """The machine's memory, that of its CPU."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def synchronize(device: str) -> None:
     """Wait for what was started on the device."""
     if device == "cuda":

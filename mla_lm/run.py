@@ -15,12 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenizers import Tokenizer
 from yaml import YAMLError
 
+from mla_lm.attention import MLAConfig
 from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
 from mla_lm.data.tokenizer import load_tokenizer
 from mla_lm.errors import UserError
 from mla_lm.files import whole_folder, write_atomically
-from mla_lm.transformer import Transformer
+from mla_lm.hardware import memory_bytes
+from mla_lm.transformer import Transformer, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,10 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[Tran
     """
     run, checkpoint = find_best(path)
     config = run.config()
+    weights = load_checkpoint(checkpoint)["state_dict"]
+    check_describes(config.model, weights, checkpoint)
     model = Transformer(config.model)
-    load_weights(model, checkpoint)
+    model.load_state_dict(weights)
     return model.to(device).eval(), load_tokenizer(run.tokenizer_file), config
 
 
@@ -172,8 +176,43 @@ def load_weights(model: Transformer, checkpoint: Path) -> None:
         UserError: the checkpoint is missing, damaged, or of another model.
     """
     weights = load_checkpoint(checkpoint)["state_dict"]
-    check_fits(model, weights, checkpoint)
+    check_describes(model.config, weights, checkpoint)
     model.load_state_dict(weights)
+
+
+def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    """See that a model is that of the weights before it is made, and takes what memory its configuration says.
+
+    Raises:
+        UserError: it is another, or its tables of RoPE, which are no weights, are too large.
+    """
+    items = weights.items() if isinstance(weights, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in items):
+        raise UserError(f"{checkpoint} is no checkpoint of this project: its state_dict is not one of tensors")
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if layers != config.num_layers:  # on the meta device tensors cost nothing, but layers do
+        raise UserError(
+            f"{checkpoint} holds another model: {layers} layers are there, model.num_layers={config.num_layers}"
+        )
+    try:
+        with torch.device("meta"):
+            model = Transformer(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's words for sizes beyond 64 bits
+        raise UserError(f"{checkpoint} holds another model: the configured one has impossible sizes") from error
+    check_fits(model, weights, checkpoint)
+    check_tables(config)
+
+
+def check_tables(config: TransformerConfig) -> None:
+    """Raises UserError where the tables of RoPE, which are in no checkpoint, are larger than this machine's memory."""
+    layer = config.layer_config()
+    dim = layer.rope_dim if isinstance(layer, MLAConfig) else config.d_model // config.num_heads
+    needed, there = 4 * config.num_layers * config.seq_len * dim, memory_bytes()
+    if needed > there:
+        raise UserError(
+            f"model.seq_len={config.seq_len} is too long for this machine: the tables of RoPE alone take "
+            f"{needed / 1e9:,.0f} GB, and it has {there / 1e9:,.0f} GB of memory"
+        )
 
 
 def check_fits(model: Transformer, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:

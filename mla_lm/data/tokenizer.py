@@ -17,6 +17,7 @@ from mla_lm.files import read_text
 END_OF_TEXT = "<|endoftext|>"
 USUAL_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 BPE_TRAINING_CHARACTERS = 2**28  # merges have long settled by then, and a corpus of any size trains in minutes
+MOST_ENTRIES = 2**24
 TOKENIZER_BYTES = 2**29  # of a tokenizer.json: one of 250,000 entries has 30 MB
 
 # What BPE may never merge across, for code and prose alike: a word with the one sign or space before it; up to three
@@ -114,8 +115,15 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Rows an embedding needs: the highest id plus one (a tokenizer file may leave ids unused)."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    """Rows an embedding needs: the highest id plus one (a tokenizer file may leave ids unused).
+
+    Raises:
+        UserError: absurdly many, so that its embedding would take all memory.
+    """
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not 0 < size <= MOST_ENTRIES:
+        raise UserError(f"the tokenizer has {size:,} entries by its highest id; there must be 1 to {MOST_ENTRIES:,}")
+    return size
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
