@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from mla_lm.errors import UserError
-from mla_lm.files import check_private
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LANES = 16  # what head sizes must be a multiple of
@@ -84,6 +83,7 @@ def _library() -> ctypes.CDLL:
     Raises:
         UserError: it cannot be compiled or kept, or others could have put theirs in its place.
     """
+    from mla_lm.files import check_private
     from mla_lm.hardware import code_folder, cpp_compiler  # which not every system has all modules for
 
     arm = platform.machine() in ("arm64", "aarch64")
