@@ -3,9 +3,10 @@
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,17 +190,18 @@ def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor],
     items = weights.items() if isinstance(weights, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in items):
         raise UserError(f"{checkpoint} is no checkpoint of this project: its state_dict is not one of tensors")
-    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    if layers != config.num_layers:  # on the meta device tensors cost nothing, but layers do
-        raise UserError(
-            f"{checkpoint} holds another model: {layers} layers are there, model.num_layers={config.num_layers}"
-        )
     try:
         with torch.device("meta"):
-            model = Transformer(config)
+            one = Transformer(replace(config, num_layers=1)).state_dict()
     except (RuntimeError, TypeError, OverflowError) as error:  # torch's words for sizes beyond 64 bits
         raise UserError(f"{checkpoint} holds another model: the configured one has impossible sizes") from error
-    check_fits(model, weights, checkpoint)
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if layers != config.num_layers:  # of which each takes time to write down, even where it takes no memory
+        raise UserError(
+            f"{checkpoint} holds another model: {layers} layers are there, where model.num_layers={config.num_layers}"
+        )
+    numbered = {re.sub(r"^blocks\.0\.", f"blocks.{i}.", name): one[name] for i in range(layers) for name in one}
+    _check_shapes(numbered, weights, checkpoint)
     check_tables(config)
 
 
@@ -217,7 +219,11 @@ def check_tables(config: TransformerConfig) -> None:
 
 def check_fits(model: Transformer, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
     """Raises UserError where the weights are those of another model, naming the first that differs."""
-    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_shapes(model.state_dict(), weights, checkpoint)
+
+
+def _check_shapes(ours: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    here = {name: list(tensor.shape) for name, tensor in ours.items()}
     there = {name: list(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(here | there):
         if here.get(name) != there.get(name):

@@ -150,7 +150,10 @@ def _contradiction(meta: dict[str, Any], vocab_size: int) -> str | None:
         for shard in meta["splits"][split]["shards"]:
             if shard["file"] != os.path.basename(shard["file"]):
                 return f"{shard['file']} is not in its folder"
-            if not 0 < shard["tokens"] * np.dtype(meta["dtype"]).itemsize == shard["size"]:
+            if (
+                type(shard["tokens"]) is not int
+                or not 0 < shard["tokens"] * np.dtype(meta["dtype"]).itemsize == shard["size"]
+            ):
                 return f"{shard['file']} with {shard['tokens']} tokens in {shard['size']} bytes"
     return None
 

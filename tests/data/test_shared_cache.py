@@ -115,6 +115,15 @@ def test_spoiled_hashes_are_made_again(config, content):
     assert open_store(config).fingerprint == first.fingerprint
 
 
+@pytest.mark.parametrize("answer", [3, {}, {"commit": 3, "splits": ["train"]}, {"commit": "x", "splits": [[]]}])
+def test_a_spoiled_answer_of_the_hub_is_asked_for_again(config, folder, answer):
+    config = DataConfig("hub", path=str(folder), cache_dir=config.cache_dir, tokenizer=BYTES)
+    first = open_store(config)
+    memory = Path(config.cache_dir) / "hub.json"
+    memory.write_text(json.dumps(dict.fromkeys(json.loads(memory.read_text()), answer)))
+    assert open_store(config).fingerprint == first.fingerprint
+
+
 # stores of others
 
 
@@ -167,6 +176,9 @@ HOSTILE = {
     "outside": outside,
     "more tokens": lambda folder: change_shard(folder, tokens=10**12),
     "no tokens": lambda folder: change_shard(folder, tokens=0),
+    "tokens that are no whole number": lambda folder: change_shard(
+        folder, tokens=(folder / "train-00000.bin").stat().st_size / 2
+    ),
     "no number": lambda folder: change_shard(folder, tokens="many"),
     "no text": lambda folder: change_split(folder, text_bytes=0),
 }
