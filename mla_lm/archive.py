@@ -1,7 +1,7 @@
 """What a checkpoint file claims, held against what lies in it before torch.load takes memory for it.
 
-torch.load with `weights_only` runs no code, but it trusts sizes: it reads a storage for as many elements as the pickle
-says, be they there or not, and calls functions such as `bytearray` and `torch.Tensor` with any size it is given.
+torch.load with `weights_only` runs no code, but the pickle may have it call functions such as `bytearray` and
+`torch.Tensor` with any size, and the checksums of the file's members are not looked at.
 """
 
 import math
@@ -185,7 +185,7 @@ def _check_keys(keys: list) -> None:
 def _tensor(
     storage: _Storage, offset: int, shape: tuple, stride: tuple, requires_grad: bool, hooks: OrderedDict
 ) -> None:
-    """As torch._utils._rebuild_tensor_v2, which makes a storage larger where the tensor does not lie within it."""
+    """In the place of torch._utils._rebuild_tensor_v2; one element may be shown as a tensor of any size."""
     numbers = (offset, *shape, *stride)
     if len(numbers) > 20 or not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
         raise UserError("has a tensor of impossible sizes")
