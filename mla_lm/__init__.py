@@ -7,7 +7,7 @@ from mla_lm.errors import UserError
 from mla_lm.transformer import AttentionConfig, Transformer, TransformerConfig
 
 if TYPE_CHECKING:
-    from mla_lm.run import load_run
+    from mla_lm.loading import load_run
 
 __all__ = [
     "MHA",
@@ -25,7 +25,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`load_run` needs the training packages, which a program that only wants `MLA` should not have to wait for."""
     if name == "load_run":
-        from mla_lm.run import load_run
+        from mla_lm.loading import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from collections import deque
 from statistics import median
 from typing import Any
 
@@ -20,6 +21,8 @@ from mla_lm.generate import generate
 from mla_lm.hardware import DTYPES, inference_autocast, peak_memory_bytes
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.loggers import never_fatal
+
+MOST_RATES = 10_000  # the last ones, so that a checkpoint does not grow with the run
 
 
 def log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
@@ -39,7 +42,7 @@ class Metrics(Callback):
 
     def __init__(self, config: TrainConfig, flops_per_token: float, peak_flops: float):
         self.config, self.flops_per_token, self.peak_flops = config, flops_per_token, peak_flops
-        self.rates: list[float] = []  # tokens per second of each logging interval
+        self.rates: deque[float] = deque(maxlen=MOST_RATES)  # tokens per second of each logging interval
         self.train_loss: float | None = None
         self.began: float | None = None  # time at which training would have begun without a pause
         self.seconds_before = 0.0  # trained before this process resumed
@@ -47,10 +50,11 @@ class Metrics(Callback):
         self.paused_since: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rates": self.rates, "train_loss": self.train_loss, "train_seconds": self.train_seconds}
+        return {"rates": list(self.rates), "train_loss": self.train_loss, "train_seconds": self.train_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rates, self.train_loss, self.seconds_before = state["rates"], state["train_loss"], state["train_seconds"]
+        self.rates = deque(state["rates"], maxlen=MOST_RATES)
+        self.train_loss, self.seconds_before = state["train_loss"], state["train_seconds"]
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -1,12 +1,12 @@
 """Checkpoints on disk: plain data, found to be whole before anything of them is used."""
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mla_lm.archive import check_archive
 from mla_lm.errors import UserError
 
 
@@ -19,8 +19,7 @@ def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, or it is damaged, or it is no checkpoint.
     """
-    _check_members(path)
-    return _load(path, mmap)
+    return _load(path, mmap, tensors=True)
 
 
 def steps_behind(path: Path) -> int | None:
@@ -29,37 +28,23 @@ def steps_behind(path: Path) -> int | None:
     Raises:
         UserError: it is damaged, as far as that shows without reading all of it.
     """
-    _check_members(path, of_tensors=False)
-    return _load(path, mmap=True).get("global_step")
+    return _load(path, mmap=True, tensors=False).get("global_step")
 
 
-def _load(path: Path, mmap: bool) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # damage looks like anything to the reader
-        raise UserError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is no checkpoint of this project: it has no state_dict")
-    return checkpoint
-
-
-def _check_members(path: Path, of_tensors: bool = True) -> None:
-    """Raises UserError where a part of the archive does not have the checksum that was written with it."""
+def _load(path: Path, mmap: bool, tensors: bool) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if of_tensors or name.endswith("data.pkl"):
-                    with archive.open(name) as member:
-                        while member.read(2**20):
-                            pass
-    except Exception as error:
-        raise UserError(f"{path} is damaged: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        check_archive(path, tensors)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UserError:
+        raise
+    except Exception as error:  # damage looks like anything to the reader
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is no checkpoint of this project: it has no state_dict")
+    return checkpoint
 
 
 def put_in_front(temporary: Path, path: Path, keep: int) -> None:

@@ -1,7 +1,9 @@
 """Files and folders on disk: whole or not at all, and private where code is loaded from them."""
 
 import contextlib
+import grp
 import os
+import pwd
 import secrets
 import shutil
 import stat
@@ -65,6 +67,30 @@ def write_atomically(
             temporary.unlink()
 
 
+def open_own(path: Path, mode: str) -> BinaryIO:
+    """`open` for writing that follows no link at the end of `path`, which somebody else may have put there.
+
+    Raises:
+        OSError: there is a link, or it cannot be opened.
+    """
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """The text of a file that somebody else may have written.
+
+    Raises:
+        UserError: it is no file, such as a pipe, or has more bytes than any file of its kind.
+        OSError: it cannot be read.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a file")
+    if status.st_size > most_bytes:
+        raise UserError(f"{path} has {status.st_size:,} bytes, and no such file has more than {most_bytes:,}")
+    return path.read_text(encoding="utf-8")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, and see that they are on the disk; nothing happens where it is there."""
     if path.is_dir():
@@ -84,26 +110,56 @@ def sync_folder(path: Path) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """A folder that nobody else can read or write, made where it is not there; for what is run or kept secret.
+    """A folder that nobody else can write; made for nobody else to read. For what is run, or kept secret.
 
     Raises:
-        UserError: it belongs to another user, others can write it, or it cannot be made.
+        UserError: as `check_private`, or it cannot be made.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        check_private(path)
+        _make_private(path)
     except OSError as error:
         raise UserError(f"{path} cannot be made: {error.strerror}") from error
+    check_private(path)
     return path
 
 
+def _make_private(path: Path) -> None:
+    if not path.is_dir():
+        _make_private(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)  # whatever the umask; `parents=True` would leave the others to it
+
+
 def check_private(path: Path) -> None:
-    """Raises UserError where a file or folder, or what a link stands for, is another user's or others can write it."""
-    status = path.stat()
-    if status.st_uid != os.getuid():
+    """See that nobody but this user and root has a say in what is at `path`, a file or folder that is there.
+
+    A folder above it that others can write is as good as itself, as they can put another in its place; in a sticky one,
+    such as /tmp, they cannot. So it is for both ends of a link.
+
+    Raises:
+        UserError: somebody has.
+    """
+    if path.stat().st_uid not in (os.getuid(), 0):
         raise UserError(f"{path} belongs to another user, so nothing in it is used: remove it, or name another place")
-    if stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UserError(f"{path} can be written by others, so nothing in it is used: chmod go-w {path}")
+    if _others_write(path):
+        raise UserError(f"{path} can be written by others, so nothing in it is used: remove it, or chmod go-w {path}")
+    for parent in (*path.absolute().parents, *path.resolve().parents):
+        if _others_write(parent) and not parent.stat().st_mode & stat.S_ISVTX:
+            raise UserError(f"{parent} can be written by others, so nothing in {path} is used: chmod go-w {parent}")
+
+
+def _others_write(path: Path) -> bool:
+    status = path.stat()
+    shared = status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid)
+    return bool(shared or status.st_mode & stat.S_IWOTH)
+
+
+def _is_own_group(gid: int) -> bool:
+    """Whether it is the group that many systems give each user for himself, whose folders the group can write."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def check_free(path: Path) -> None:

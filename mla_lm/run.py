@@ -1,4 +1,4 @@
-"""The run folder: what lies where in it, and loading a trained model from it."""
+"""The run folder: what lies where in it."""
 
 import fcntl
 import json
@@ -13,14 +13,11 @@ from typing import Any, ClassVar
 import torch
 from tokenizers import Tokenizer
 
-from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
 from mla_lm.config_file import read_config, to_yaml
-from mla_lm.data.tokenizer import load_tokenizer
 from mla_lm.errors import UserError
 from mla_lm.files import whole_folder, write_atomically
 from mla_lm.plain_text import say
-from mla_lm.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -177,45 +174,6 @@ def find_best(path: str | Path) -> tuple[RunFolder, Path]:
     if checkpoint is None:
         checkpoint = run.best if run.best.is_file() else next(iter(run.lasts()), run.last)
     return run, checkpoint
-
-
-def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[Transformer, Tokenizer, TrainConfig]:
-    """The model of a run in evaluation mode, its tokenizer, and its configuration.
-
-    Args:
-        path: a run folder (its best checkpoint is taken, the last one where there is no best), or a checkpoint in one
-
-    Raises:
-        UserError: there is no run, or it is damaged.
-    """
-    run, checkpoint = find_best(path)
-    config = run.config()
-    model = Transformer(config.model)
-    load_weights(model, checkpoint)
-    return model.to(device).eval(), load_tokenizer(run.tokenizer_file), config
-
-
-def load_weights(model: Transformer, checkpoint: Path) -> None:
-    """Load the network's weights.
-
-    Raises:
-        UserError: the checkpoint is missing, damaged, or of another model.
-    """
-    weights = load_checkpoint(checkpoint)["state_dict"]
-    check_fits(model, weights, checkpoint)
-    model.load_state_dict(weights)
-
-
-def check_fits(model: Transformer, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    """Raises UserError where the weights are those of another model, naming the first that differs."""
-    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    there = {name: list(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(here | there):
-        if here.get(name) != there.get(name):
-            raise UserError(
-                f"{checkpoint} holds another model: {name} is {there.get(name, 'missing')} there, "
-                f"{here.get(name, 'missing')} in the model to load it into"
-            )
 
 
 def write_model(path: Path, config: TrainConfig, tokenizer: Tokenizer, checkpoint: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mla_lm import trust
 from mla_lm.attention.cache import CACHE_DTYPES
 from mla_lm.callbacks import CacheMemory, Metrics, Samples, log
+from mla_lm.checkpoint import load_checkpoint
 from mla_lm.checkpointing import Checkpoints
 from mla_lm.config import TrainConfig, config_hash
 from mla_lm.config_file import to_yaml
@@ -36,12 +37,13 @@ from mla_lm.hardware import (
     take_own_gpu,
 )
 from mla_lm.lightning_module import LanguageModel
+from mla_lm.loading import check_describes, load_weights
 from mla_lm.loggers import build_loggers, finish_wandb
 from mla_lm.plain_text import say
 from mla_lm.positions import LossByPosition
 from mla_lm.progress import progress
 from mla_lm.report import data_lines, end_report, finite_or_none, git_commit, out_of_memory, size_table
-from mla_lm.run import RunFolder, check_fits, find_best, find_run, load_weights
+from mla_lm.run import RunFolder, find_best, find_run
 from mla_lm.signals import StopOnSignal
 from mla_lm.start import Start, prepare_checkpoints
 from mla_lm.terminal import unbreakable_output
@@ -83,14 +85,11 @@ def train(config: TrainConfig, run: RunFolder, start: Start | None = None) -> fl
     config.compile, why = choose_compile(config.compile, device, seconds, config.data.document_mask)
     choices.append(f"compile     {config.compile} ({why})")
 
-    torch.manual_seed(config.seed)
-    net = Transformer(config.model)
+    net = _build_net(config, start)
     if start:
-        check_fits(net, start.state["state_dict"], start.path)
         datamodule.start_step = _start_step(config, run, start)
         choices.append(f"resumed     after step {datamodule.start_step}")
     elif config.init_from:
-        load_weights(net, find_best(config.init_from)[1])
         choices.append(f"begun from  {config.init_from}: its weights and tokenizer, on the data above")
     training = _Training(config, run, store, net, device, peak_flops, began)
     table = size_table(config, DTYPES[config.trainer.precision])
@@ -101,6 +100,25 @@ def train(config: TrainConfig, run: RunFolder, start: Start | None = None) -> fl
         say_once(to_yaml(config))
         say_once(table, "", *data_lines(store), *choices, "")
         return training.run_to_end(datamodule, start)
+
+
+def _build_net(config: TrainConfig, start: Start | None) -> Transformer:
+    """The network, with the weights of another run where it begins from one; UserError where they are another model's.
+
+    Lightning loads those of `start`.
+    """
+    weights = {}
+    if start:
+        check_describes(config.model, start.state["state_dict"], start.path)
+    elif config.init_from:
+        checkpoint = find_best(config.init_from)[1]
+        weights = load_checkpoint(checkpoint)["state_dict"]
+        check_describes(config.model, weights, checkpoint)
+    torch.manual_seed(config.seed)
+    net = Transformer(config.model)
+    if weights:
+        net.load_state_dict(weights)
+    return net
 
 
 def _take_from_tokenizer(config: TrainConfig, store: TokenStore) -> None:

@@ -24,8 +24,9 @@ from mla_lm.evaluate import metrics_of, sums_over
 from mla_lm.files import check_free
 from mla_lm.flops import model_size
 from mla_lm.hardware import DTYPES
+from mla_lm.loading import load_run
 from mla_lm.plain_text import say
-from mla_lm.run import RunFolder, find_best, find_run, load_run, write_model
+from mla_lm.run import RunFolder, find_best, find_run, write_model
 from mla_lm.transformer import Transformer
 from mla_lm.trust import is_signed, sign
 from scripts.evaluate import add_trust, tokens_of_files, tokens_of_split

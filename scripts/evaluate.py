@@ -26,8 +26,9 @@ from mla_lm.errors import UserError
 from mla_lm.evaluate import SlidingWindows, evaluate, losses, metrics_of, position_table
 from mla_lm.files import write_atomically
 from mla_lm.hardware import choose_accelerator, inference_autocast
+from mla_lm.loading import load_run
 from mla_lm.plain_text import say
-from mla_lm.run import find_best, load_run
+from mla_lm.run import find_best
 from mla_lm.trust import with_agreed_paths
 
 

@@ -16,8 +16,8 @@ from mla_lm.errors import UserError
 from mla_lm.hf.check import compare_with_transformers
 from mla_lm.hf.engines import engines_for
 from mla_lm.hf.folder import export_run
+from mla_lm.loading import load_run
 from mla_lm.plain_text import say
-from mla_lm.run import load_run
 from scripts.evaluate import add_trust, tokens_of_split
 
 

@@ -21,9 +21,10 @@ from mla_lm.continuation import Continuation, Decoding, in_turns
 from mla_lm.errors import UserError
 from mla_lm.generate import check_sampling, generate
 from mla_lm.hardware import DTYPES, check_compiler, choose_accelerator, inference_autocast
+from mla_lm.loading import load_run
 from mla_lm.plain_text import printable, say
 from mla_lm.report import human_bytes
-from mla_lm.run import find_run, load_run
+from mla_lm.run import find_run
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 BETWEEN_TEXTS = "\n\n---\n\n"

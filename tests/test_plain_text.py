@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mla_lm import AttentionConfig, cli
@@ -41,7 +41,8 @@ def test_printable():
 
 def test_the_name_of_a_tensor(tmp_path):
     make_folder(tmp_path / "in", LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)))
-    save_file({CLEAR: torch.zeros(2)}, tmp_path / "in" / "model.safetensors", {"format": "pt"})
+    weights = tmp_path / "in" / "model.safetensors"
+    save_file({**load_file(weights), CLEAR: torch.zeros(2)}, weights, {"format": "pt"})
     refused(harmless(call(import_hf, tmp_path, "in", "run"), r"\x1b[2J"))
 
 

@@ -81,23 +81,25 @@ def _library() -> ctypes.CDLL:
     """The kernel, compiled for this very CPU the first time and kept beside what else torch keeps.
 
     Raises:
-        UserError: it cannot be compiled or kept.
+        UserError: it cannot be compiled or kept, or others could have put theirs in its place.
     """
-    from mla_lm.hardware import cpp_compiler  # which not every system has all modules for
+    from mla_lm.files import check_private
+    from mla_lm.hardware import code_folder, cpp_compiler  # which not every system has all modules for
 
     arm = platform.machine() in ("arm64", "aarch64")
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread
     flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-mcpu=native" if arm else "-march=native", *openmp]
     key = hashlib.sha256(repr((cpp_compiler(), flags, _cpu_features())).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    path = Path(torch.hub.get_dir()).with_name("mla_lm") / f"{key}.so"
+    path = code_folder() / f"{key}.so"
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=path.parent) as temporary:
+            with TemporaryDirectory(dir=path.parent) as temporary:  # of a name that nobody can guess
                 built = Path(temporary) / path.name
                 command = [cpp_compiler(), *flags, str(SOURCE), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
+                built.chmod(0o700)  # whatever the umask
                 built.replace(path)
+        check_private(path)
         return ctypes.CDLL(str(path))
     except subprocess.CalledProcessError as error:
         raise UserError(

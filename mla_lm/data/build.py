@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from mla_lm.data.tokenizer import (
     vocabulary_size,
 )
 from mla_lm.errors import UserError
-from mla_lm.files import write_atomically
+from mla_lm.files import open_own, write_atomically
 from mla_lm.plain_text import say
 
 SHARD_TOKENS = 2**27
@@ -54,6 +55,7 @@ def build_store(folder: Path, source: Source, config: TokenizerConfig, tokenizer
         for split in SPLITS:
             _tokenize_split(draft, split, source, tokenizer, meta)
         shutil.rmtree(folder, ignore_errors=True)
+        draft.chmod(stat.S_IMODE(draft.stat().st_mode) | _usual_mode())
         os.rename(draft, folder)
     except UserError as error:
         if not isinstance(error.__cause__, OSError):
@@ -63,9 +65,14 @@ def build_store(folder: Path, source: Source, config: TokenizerConfig, tokenizer
 
 
 def _begin(draft: Path, source: Source, config: TokenizerConfig, tokenizer: Tokenizer | None) -> tuple[dict, Tokenizer]:
-    """A new draft that has its tokenizer, and what its meta.json says."""
+    """A new draft that has its tokenizer, and what its meta.json says.
+
+    While it is built nobody else can put links into it, also where they share the folder that it lies in.
+    """
+    if draft.is_symlink() or draft.is_file():
+        draft.unlink()
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    draft.mkdir(mode=0o700)
     if tokenizer is None:
         splits = SPLITS if config.kind == "characters" else ("train",)
         tokenizer = build_tokenizer(config, (row["text"] for split in splits for row in source.documents(split)))
@@ -88,6 +95,8 @@ def _begin(draft: Path, source: Source, config: TokenizerConfig, tokenizer: Toke
 def _go_on(draft: Path, source: Source, tokenizer: Tokenizer | None) -> tuple[dict, Tokenizer] | None:
     """What an interrupted build left, cut back to what its meta.json says; None where it is nothing to go on with."""
     try:
+        if not _is_own(draft):
+            return None
         meta = json.loads((draft / "meta.json").read_text())
         drafted = load_tokenizer(draft / "tokenizer.json")
         wanted = meta["tokenizer_hash"] if tokenizer is None else tokenizer_hash(tokenizer)
@@ -98,7 +107,8 @@ def _go_on(draft: Path, source: Source, tokenizer: Tokenizer | None) -> tuple[di
         shards = {shard["file"]: shard for split in SPLITS for shard in meta["splits"][split]["shards"]}
         for path in draft.iterdir():
             if path.name in shards:
-                os.truncate(path, shards[path.name]["size"])
+                with open_own(path, "r+b") as file:
+                    file.truncate(shards[path.name]["size"])
                 shards[path.name]["mtime_ns"] = path.stat().st_mtime_ns
             elif path.name not in ("meta.json", "tokenizer.json"):
                 path.unlink()
@@ -109,6 +119,20 @@ def _go_on(draft: Path, source: Source, tokenizer: Tokenizer | None) -> tuple[di
     done = [f"{part['text_bytes'] / 1e6:,.1f} MB of {split}" for split, part in meta["splits"].items() if part["rows"]]
     print(f"Going on with an interrupted build, after {', '.join(done) or 'its tokenizer'}")
     return meta, drafted
+
+
+def _is_own(draft: Path) -> bool:
+    """Whether it is a folder, not a link to one, that nobody else could put anything into."""
+    status = draft.lstat()
+    own = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return own and stat.S_ISDIR(status.st_mode)
+
+
+def _usual_mode() -> int:
+    """Of a new folder, which the umask decides; it can only be read by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return 0o777 & ~umask
 
 
 def _save(draft: Path, meta: dict) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -35,16 +36,13 @@ def content_hashes(paths: list[Path], memory: Path) -> list[str]:
     Raises:
         UserError: a file cannot be read.
     """
-    try:
-        known = json.loads(memory.read_bytes())
-    except (OSError, ValueError):
-        known = {}
+    known = remembered(memory)
     hashes, news = [], {}
     for path in paths:
         try:
             status = path.stat()
             seen = known.get(str(path))
-            if seen is None or seen[:2] != [status.st_size, status.st_mtime_ns]:
+            if not isinstance(seen, list) or len(seen) != 3 or seen[:2] != [status.st_size, status.st_mtime_ns]:
                 seen = news[str(path)] = [status.st_size, status.st_mtime_ns, hash_file(path)]
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
@@ -54,3 +52,12 @@ def content_hashes(paths: list[Path], memory: Path) -> list[str]:
         with contextlib.suppress(UserError):  # not remembered: the next start is slower, nothing else
             write_atomically(memory, lambda file: file.write(text.encode()))
     return hashes
+
+
+def remembered(memory: Path) -> dict[str, Any]:
+    """What a JSON file in the token cache keeps for the next start; nothing where it is none."""
+    try:
+        known = json.loads(memory.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}

@@ -11,10 +11,10 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mla_lm.data.config import CorpusConfig, DataConfig
-from mla_lm.data.hashes import content_hashes, hash_text
+from mla_lm.data.hashes import content_hashes, hash_text, remembered
 from mla_lm.data.network import from_cache_only, reach_hub
 from mla_lm.data.sources import SPLITS, Source, split_of
 from mla_lm.data.text_files import PIECE, ROWS, column_values, import_datasets
@@ -76,12 +76,9 @@ def _content(folder: Path, cache: Path) -> str:
 
 def _look_up(config: CorpusConfig, content: str | None, memory: Path) -> tuple[str, list[str]]:
     """Commit (of a folder: the hash of its content) and split names; asked once, then known from `memory`."""
-    try:
-        known = json.loads(memory.read_bytes())
-    except (OSError, ValueError):
-        known = {}
+    known = remembered(memory)
     key = f"{config.path} {config.name} {content or config.revision}"
-    if key not in known:
+    if not _is_answer(known.get(key)):
         with _network(config), _explained(config):
             builder = _builder(config, config.revision)
             known[key] = {"commit": content or builder.hash, "splits": list(builder.as_streaming_dataset())}
@@ -89,6 +86,12 @@ def _look_up(config: CorpusConfig, content: str | None, memory: Path) -> tuple[s
         with contextlib.suppress(UserError):  # not remembered: the next start asks again
             write_atomically(memory, lambda file: file.write(text.encode()))
     return known[key]["commit"], known[key]["splits"]
+
+
+def _is_answer(entry: Any) -> bool:
+    """Whether it is what `_look_up` remembers: others may have written the file."""
+    known = isinstance(entry, dict) and isinstance(entry.get("commit"), str) and isinstance(entry.get("splits"), list)
+    return known and all(isinstance(split, str) for split in entry["splits"])
 
 
 def _own_splits(config: CorpusConfig, there: list[str]) -> dict[str, str | None]:

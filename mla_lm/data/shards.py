@@ -7,16 +7,24 @@ import numpy as np
 import xxhash
 
 from mla_lm.data.hashes import digest_file
+from mla_lm.errors import UserError
+from mla_lm.files import open_own
 
 
 class Tokens:
     """The tokens of one split: `len()`, and slices that are arrays of unsigned integers, across shards.
 
     Pickled by path, so that a worker process maps the files anew instead of being sent their contents.
+
+    Args:
+        vocab_size: that the ids are below, which is looked at as they are read: others may have written the files
+
+    Raises, from a slice:
+        UserError: an id is not.
     """
 
-    def __init__(self, paths: list[Path], dtype: str):
-        self.paths, self.dtype = paths, dtype
+    def __init__(self, paths: list[Path], dtype: str, vocab_size: int):
+        self.paths, self.dtype, self.vocab_size = paths, dtype, vocab_size
         self.shards = [np.asarray(np.memmap(path, dtype=dtype, mode="r")) for path in paths]
         self.starts = np.cumsum([0, *map(len, self.shards)])
 
@@ -31,10 +39,16 @@ class Tokens:
             shard[max(0, start - begin) : max(0, stop - begin)]
             for shard, begin in zip(self.shards[first:last], self.starts[first:last], strict=True)
         ]
-        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+        tokens = np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+        if (largest := tokens.max(initial=0)) >= self.vocab_size:
+            raise UserError(
+                f"the token cache {self.paths[0].parent} is damaged: it has a token {largest}, and the tokenizer "
+                f"only {self.vocab_size}; delete it"
+            )
+        return tokens
 
     def __reduce__(self) -> tuple:
-        return Tokens, (self.paths, self.dtype)
+        return Tokens, (self.paths, self.dtype, self.vocab_size)
 
 
 class ShardWriter:
@@ -59,7 +73,7 @@ class ShardWriter:
             room = self.shard_tokens - last["tokens"]
             part, tokens = tokens[:room], tokens[room:]
             data = part.astype(self.dtype).tobytes()
-            with open(self.folder / last["file"], "ab") as file:
+            with open_own(self.folder / last["file"], "ab") as file:
                 file.write(data)
             self._digest.update(data)
             last["tokens"] += len(part)
@@ -70,7 +84,7 @@ class ShardWriter:
         """See that what was written is on the disk, and in the records."""
         if self.records:
             last = self.records[-1]
-            with open(self.folder / last["file"], "ab") as file:
+            with open_own(self.folder / last["file"], "ab") as file:
                 os.fsync(file.fileno())
                 status = os.fstat(file.fileno())
             last |= {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "xxh3": self._digest.hexdigest()}

@@ -1,13 +1,16 @@
 """The token store: a corpus is tokenized once, into memory-mapped shards that later starts open in an instant."""
 
 import contextlib
+import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from filelock import FileLock, Timeout
+import numpy as np
 from tokenizers import Tokenizer
 
 from mla_lm.data.build import build_store
@@ -15,11 +18,13 @@ from mla_lm.data.config import MIXTURE, DataConfig, TokenizerConfig
 from mla_lm.data.hashes import hash_file, hash_text
 from mla_lm.data.shards import Tokens
 from mla_lm.data.sources import SPLITS, Source, open_source
-from mla_lm.data.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash
+from mla_lm.data.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
 from mla_lm.errors import UserError
+from mla_lm.files import read_text
 from mla_lm.plain_text import say
 
 VERSION = "1"  # raise it when the same corpus and tokenizer config come to give other tokens
+META_BYTES = 2**26  # of meta.json: 400,000 shards
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class TokenStore:
 
     def tokens(self, split: str) -> Tokens:
         """All tokens of a split; those of a mixture's parts one after another."""
-        return Tokens(self.shards[split], self.dtype)
+        return Tokens(self.shards[split], self.dtype, vocabulary_size(self.tokenizer))
 
     @property
     def parts(self) -> tuple[tuple[float, "TokenStore"], ...]:
@@ -67,9 +72,9 @@ def open_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenS
     if tokenizer is None and config.tokenizer.kind in ("file", "hub"):
         tokenizer = build_tokenizer(config.tokenizer, [])
     folder = Path(config.cache_dir).expanduser() / _key(source, config.tokenizer, tokenizer)
-    if _fault(folder):
+    if _fault(folder, source, tokenizer):
         with sole_writer(folder):
-            if fault := _fault(folder):  # still: nobody else built it while this process waited
+            if fault := _fault(folder, source, tokenizer):  # still: nobody else built it while this process waited
                 if folder.exists():
                     say(f"The token cache {folder} is built again: {fault}")
                 build_store(folder, source, config.tokenizer, tokenizer)
@@ -100,27 +105,57 @@ def _key(source: Source, config: TokenizerConfig, tokenizer: Tokenizer | None) -
     return hash_text(VERSION, source.fingerprint, how, f"{config.end_of_text}")
 
 
-def _fault(folder: Path) -> str | None:
+def _fault(folder: Path, source: Source, tokenizer: Tokenizer | None) -> str | None:
     """What keeps a store from being used; None when it holds what was written to it.
 
-    A shard with the recorded size and time of modification is trusted; with another time its contents decide.
+    A shard with the recorded size and time of modification is trusted; with another time its contents decide. The
+    store may be another user's, in a folder that is shared: it is data, and nothing in it can do more than be wrong.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        if tokenizer_hash(load_tokenizer(folder / "tokenizer.json")) != meta["tokenizer_hash"]:
+        meta = json.loads(read_text(folder / "meta.json", META_BYTES))
+        if tokenizer_hash(own := load_tokenizer(folder / "tokenizer.json")) != meta["tokenizer_hash"]:
             return "tokenizer.json has changed"
-        shards = [shard for split in SPLITS for shard in meta["splits"][split]["shards"]]
-        for shard in shards:
+        if tokenizer is not None and tokenizer_hash(tokenizer) != meta["tokenizer_hash"]:
+            return "it has another tokenizer"
+        if meta["source_fingerprint"] != source.fingerprint:
+            return "it is of another corpus"
+        if fault := _contradiction(meta, vocabulary_size(own)):
+            return f"its meta.json contradicts itself ({fault})"
+        for shard in (shard for split in SPLITS for shard in meta["splits"][split]["shards"]):
             path = folder / shard["file"]
             status = path.stat()
-            if status.st_size == shard["size"] and status.st_mtime_ns == shard["mtime_ns"]:
+            if not stat.S_ISREG(status.st_mode) or status.st_size != shard["size"]:
+                return f"{path.name} has changed"
+            if status.st_mtime_ns == shard["mtime_ns"]:
                 continue
-            if status.st_size != shard["size"] or hash_file(path) != shard["xxh3"]:
+            if hash_file(path) != shard["xxh3"]:
                 return f"{path.name} has changed"
             with contextlib.suppress(OSError):  # copied, not changed: if it can be, spare the next start this hash
                 os.utime(path, ns=(shard["mtime_ns"], shard["mtime_ns"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return f"it is damaged ({error})"
+    return None
+
+
+def _contradiction(meta: dict[str, Any], vocab_size: int) -> str | None:
+    """What in meta.json, that others may have written, no build writes."""
+    if meta["dtype"] not in ("uint16", "uint32"):
+        return f"tokens of {meta['dtype']}"
+    if not (isinstance(meta["end_of_text_id"], int) and 0 <= meta["end_of_text_id"] < vocab_size):
+        return f"end of text is {meta['end_of_text_id']} of {vocab_size}"
+    if not (isinstance(meta["description"], str) and all(isinstance(name, str) for name in meta["skipped"])):
+        return "words that are none"
+    for split in SPLITS:
+        if not (isinstance(size := meta["splits"][split]["text_bytes"], int) and size > 0):
+            return f"{size} bytes of text for {split}"
+        for shard in meta["splits"][split]["shards"]:
+            if shard["file"] != os.path.basename(shard["file"]):
+                return f"{shard['file']} is not in its folder"
+            if (
+                type(shard["tokens"]) is not int
+                or not 0 < shard["tokens"] * np.dtype(meta["dtype"]).itemsize == shard["size"]
+            ):
+                return f"{shard['file']} with {shard['tokens']} tokens in {shard['size']} bytes"
     return None
 
 
@@ -133,13 +168,16 @@ def sole_writer(path: Path) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_name(path.name + ".lock"))
+        name = path.with_name(path.name + ".lock")
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # nothing is written to it, nor cut
         try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            say(f"Waiting for another process that builds the token cache {path}")
-            held = lock.acquire()
-        with held:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"Waiting for another process that builds the token cache {path}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(lock)  # which ends it
     except OSError as error:
         raise UserError(f"data.cache_dir={path.parent} cannot be written: {error}") from error

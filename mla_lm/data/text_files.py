@@ -1,5 +1,6 @@
 """Reads one file of a user's as documents: plain text in pieces; JSON and Parquet row by row through `datasets`."""
 
+import functools
 import glob
 import gzip
 import json
@@ -15,6 +16,9 @@ LINES = (".jsonl", ".ndjson")  # a row a line
 NOT_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".pdf", ".docx", ".bin", ".npy")
 PIECE = 2**16  # characters of a plain text file read at once, up to the next line end
 ROWS = 1000  # of JSON and Parquet read at once
+# of packed JSON, of which `datasets` holds whole lines, and all of a file that has a bad one, or is an array
+MOST_PER_LINE = 2**28
+MOST_UNPACKED = 2**32  # or 100 times as much as it is packed, where that is more: text is 3 to 20 times as much
 
 
 def check_format(path: Path) -> None:
@@ -99,13 +103,33 @@ def _read_columns(path: Path) -> Iterator[dict[str, list]]:
 
     builder = BUILDERS[_suffix(path)]
     try:
+        if path.suffix == ".gz":
+            _check_unpacked(path)
         rows = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", streaming=True)
         yield from rows.iter(batch_size=ROWS)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    except UserError:
+        raise
     except (ArrowException, ValueError, TypeError) as error:
         where = _first_bad_line(path) if _suffix(path) in LINES else f"{error}".splitlines()[0]
         raise UserError(f"{path} is not valid {'JSON' if builder == 'json' else 'Parquet'}: {where}") from error
+
+
+@functools.cache  # once, however often it is read
+def _check_unpacked(path: Path) -> None:
+    """Raises UserError where a packed file is made to fill all memory. Plain text, read in pieces, fills none."""
+    unpacked = line = 0
+    most_unpacked = max(MOST_UNPACKED, 100 * path.stat().st_size)
+    most_per_line = MOST_PER_LINE if _suffix(path) in LINES else MOST_UNPACKED
+    with gzip.open(path) as file:
+        while piece := file.read(2**20):
+            unpacked += len(piece)
+            line = len(piece) - 1 - piece.rfind(b"\n") + (0 if b"\n" in piece else line)
+            if line > most_per_line:
+                raise UserError(f"{path} has a line of more than {most_per_line:,} bytes: leave it out of data.files")
+            if unpacked > most_unpacked:
+                raise UserError(f"{path} unpacks to more than {most_unpacked:,} bytes: leave it out of data.files")
 
 
 def import_datasets() -> ModuleType:

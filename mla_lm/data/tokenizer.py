@@ -12,10 +12,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from mla_lm.data.config import TokenizerConfig
 from mla_lm.data.network import tokenizer_file
 from mla_lm.errors import UserError
+from mla_lm.files import read_text
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 BPE_TRAINING_CHARACTERS = 2**28  # merges have long settled by then, and a corpus of any size trains in minutes
+MOST_ENTRIES = 2**24
+TOKENIZER_BYTES = 2**29  # of a tokenizer.json: one of 250,000 entries has 30 MB
 
 # What BPE may never merge across, for code and prose alike: a word with the one sign or space before it; up to three
 # digits; a run of signs with the line end and indentation after it; blank lines with the next indentation; spaces.
@@ -61,10 +64,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Read a tokenizer.json; it encodes as the tokenizer that was saved did.
 
     Raises:
-        UserError: the file is missing or no tokenizer.
+        UserError: the file is missing, or absurdly large, or no tokenizer.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path), TOKENIZER_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error}") from error
     try:
@@ -112,8 +115,15 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Rows an embedding needs: the highest id plus one (a tokenizer file may leave ids unused)."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    """Rows an embedding needs: the highest id plus one (a tokenizer file may leave ids unused).
+
+    Raises:
+        UserError: absurdly many, so that its embedding would take all memory.
+    """
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if not 0 < size <= MOST_ENTRIES:
+        raise UserError(f"the tokenizer has {size:,} entries by its highest id; there must be 1 to {MOST_ENTRIES:,}")
+    return size
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:

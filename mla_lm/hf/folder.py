@@ -13,15 +13,18 @@ from torch import Tensor
 from mla_lm.config import TrainConfig
 from mla_lm.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 from mla_lm.errors import UserError
-from mla_lm.files import check_free, whole_folder
+from mla_lm.files import check_free, read_text, whole_folder
 from mla_lm.hf.card import model_card
 from mla_lm.hf.config import from_json, to_json
 from mla_lm.hf.weights import from_transformers, to_transformers
+from mla_lm.loading import check_tables, load_run
 from mla_lm.plain_text import say
-from mla_lm.run import RunFolder, find_best, load_run, write_model
+from mla_lm.run import RunFolder, find_best, write_model
+from mla_lm.transformer import TransformerConfig
 from mla_lm.trust import sign
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+JSON_BYTES = 2**26  # of config.json and the index: 500,000 tensors
 
 
 def export_run(path: str | Path, out: Path, dtype: torch.dtype = torch.float32) -> TrainConfig:
@@ -89,8 +92,9 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
     check_free(out)
     described = _read_json(source / "config.json", f"{source} is no model folder: it has no config.json")
     try:
-        model, interleaved = from_json(described)
+        model, interleaved = _model_of(described)
         state = from_transformers(_read_weights(source), model, interleaved)
+        check_tables(model)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     tokenizer = _read_tokenizer(source, model.vocab_size)
@@ -105,6 +109,16 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
     return config
 
 
+def _model_of(described: dict[str, Any]) -> tuple[TransformerConfig, bool]:
+    """`from_json` of a file that may have anything in the place of anything."""
+    try:
+        return from_json(described)
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"config.json has an entry that cannot be: {error}") from error
+
+
 def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: save its tokenizer with transformers' save_pretrained first")
@@ -117,7 +131,10 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 def _end_of_text(described: dict[str, Any], tokenizer: Tokenizer) -> str:
     """Name of the token that ends a document: the first of config.json's eos_token_id, else one of the usual ones."""
     eos, bos = described.get("eos_token_id"), described.get("bos_token_id")
-    eos = eos[0] if isinstance(eos, list) else eos
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    for name, token in (("eos_token_id", eos), ("bos_token_id", bos)):
+        if not (token is None or (isinstance(token, int) and 0 <= token < 2**32)):
+            raise UserError(f"{name}={token} of config.json is no token")
     end = tokenizer.id_to_token(end_of_text_id(tokenizer) if eos is None else eos)
     if end is None:
         raise UserError(f"eos_token_id={eos} of config.json is not in tokenizer.json")
@@ -133,7 +150,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if any(folder.glob("pytorch_model*.bin*")) and not (folder / INDEX).is_file():
             raise UserError("pytorch_model.bin is a pickle, which can run code: give the weights as model.safetensors")
         index = _read_json(folder / INDEX, f"there is no {WEIGHTS}, nor {INDEX}")
-        files = set(index.get("weight_map", {}).values())
+        files = _names(index.get("weight_map"))
     tensors: dict[str, Tensor] = {}
     for name in sorted(files):
         try:
@@ -143,12 +160,23 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _names(weight_map: Any) -> set[str]:
+    """Files that an index names, which must be in its own folder."""
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    for name in names:
+        if not (isinstance(name, str) and name.endswith(".safetensors") and name == Path(name).name):
+            raise UserError(f"{INDEX} names {name}, which is no .safetensors file of this folder")
+    if not names:
+        raise UserError(f"{INDEX} names no files")
+    return set(names)
+
+
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(missing)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(read_text(path, JSON_BYTES))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it is no JSON object")

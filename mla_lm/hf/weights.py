@@ -79,8 +79,7 @@ def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, inte
     Raises:
         UserError: a tensor is missing, has another shape or no place in the model, or a tied head is not tied.
     """
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    shapes = _shapes(config, theirs)
     if config.tie_embeddings:
         embedding = theirs.get("model.embed_tokens.weight")
         head = theirs.get("lm_head.weight", embedding)
@@ -102,6 +101,18 @@ def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, inte
             tensor = _move_rotated_rows(name, tensor, config, order)
         state[name] = tensor.float()
     return state
+
+
+def _shapes(config: TransformerConfig, theirs: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Of our tensors, by name; nothing is allocated, nor is there a step for each layer that config.json makes up."""
+    layers = len({name.split(".")[2] for name in theirs if name.startswith("model.layers.")})
+    if layers < config.num_layers:
+        raise UserError(f"model.layers.{layers}.* is missing, where num_hidden_layers={config.num_layers}")
+    try:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's words for sizes beyond 64 bits
+        raise UserError("config.json describes a model of impossible sizes") from error
 
 
 def _is_rotated(name: str, config: TransformerConfig) -> bool:

@@ -291,7 +291,7 @@ def test_slices_across_shards(tmp_path_factory, batches, shard_tokens, start, le
     whole = np.array(list(itertools.chain(*batches)), dtype=np.uint16)
     assert [shard["tokens"] for shard in shards[:-1]] == [shard_tokens] * (len(shards) - 1)
     assert [hash_file(folder / shard["file"]) for shard in shards] == [shard["xxh3"] for shard in shards]
-    tokens = Tokens([folder / shard["file"] for shard in shards], "uint16")
+    tokens = Tokens([folder / shard["file"] for shard in shards], "uint16", 1000)
     assert len(tokens) == len(whole)
     part = slice(start, start + length if start >= 0 else None)
     for view in (tokens, pickle.loads(pickle.dumps(tokens))):

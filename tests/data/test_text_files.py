@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mla_lm.data import text_files
 from mla_lm.data.text_files import PIECE, check_format, read_file
 from mla_lm.errors import UserError
 
@@ -121,3 +123,45 @@ def test_a_cache_folder_that_datasets_cannot_make_is_named(tmp_path):
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert "UserError: datasets cannot make its cache folder" in process.stderr
     assert "HF_HOME" in process.stderr
+
+
+# packed to fill all memory
+
+
+def packed(path, pieces):
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for piece in pieces:
+            file.write(piece)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_a_line_without_end_is_refused_before_it_is_in_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(text_files, "MOST_PER_LINE", 2**22)
+    monkeypatch.setattr(text_files, "MOST_UNPACKED", 2**22)
+    path = packed(tmp_path / name, [b'{"text": "', *[b"a" * 2**20] * 9, b'"}\n'])
+    with pytest.raises(UserError, match=f"{name} has a line of more than 4,194,304 bytes"):
+        list(read_file(path, "text"))
+
+
+def test_a_file_that_unpacks_without_end(tmp_path, monkeypatch):
+    """With a bad line at its end all of it would be read at once."""
+    monkeypatch.setattr(text_files, "MOST_UNPACKED", 2**22)
+    path = packed(tmp_path / "a.jsonl.gz", [b'{"text": "aaaa"}\n' * 2**16] * 9)
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz unpacks to more than [\d,]+ bytes"):
+        list(read_file(path, "text"))
+
+
+def test_lines_are_told_apart_across_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "MOST_PER_LINE", 2**20 + 2**19)
+    row = json.dumps({"text": "a" * (2**20 - 100)}).encode() + b"\n"  # ends anywhere in a piece
+    assert len(list(read_file(packed(tmp_path / "a.jsonl.gz", [row] * 9), "text"))) == 9
+
+
+def test_packed_plain_text_is_read_in_pieces(tmp_path):
+    """100 MB without a line end, in a few of memory."""
+    path = packed(tmp_path / "a.txt.gz", [b"a" * 2**20] * 100)
+    tracemalloc.start()
+    assert sum(len(text) for text, _ in read_file(path, "")) == 100 * 2**20
+    assert tracemalloc.get_traced_memory()[1] < 3_000_000
+    tracemalloc.stop()

@@ -14,7 +14,7 @@ from mla_lm.data.tokenizer import encode
 from mla_lm.generate import generate
 from mla_lm.hf.folder import export_run, import_folder
 from mla_lm.hf.weights import from_transformers
-from mla_lm.run import load_run
+from mla_lm.loading import load_run
 from tests.hf.models import END_OF_TEXT, MODELS, TOKENIZER, VOCABULARY, make_run, random_tokens, tensors
 
 

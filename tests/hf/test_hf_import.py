@@ -20,7 +20,7 @@ from transformers import (
 from mla_lm.attention.rope import YarnConfig
 from mla_lm.generate import generate
 from mla_lm.hf.folder import export_run, import_folder
-from mla_lm.run import load_run
+from mla_lm.loading import load_run
 from tests.hf.models import END_OF_TEXT, MODELS, VOCABULARY, make_folder, make_run, random_tokens, tensors
 
 SHARED = {

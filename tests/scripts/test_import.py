@@ -1,6 +1,8 @@
 """scripts.import_hf: what one does with an imported run, and every folder that is refused."""
 
 import json
+import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -151,6 +153,85 @@ def test_a_missing_shard(copy, tmp_path):
 def test_a_damaged_file(copy, tmp_path, name, content):
     (copy("llama") / name).write_text(content)
     refused(call(tmp_path, "in", "run"), name)
+
+
+@pytest.mark.parametrize("size", [10**12, 10**30])
+@pytest.mark.parametrize(
+    "name",
+    ["num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size", "max_position_embeddings",
+     "num_attention_heads"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["llama", "deepseek"])
+def test_sizes_that_no_memory_holds(copy, tmp_path, kind, name, size):
+    """Neither memory nor time is spent on them: a loop over that many layers would not end."""
+    change(copy(kind), **{name: size}, first_k_dense_replace=size, num_key_value_heads=None)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(call(tmp_path, "in", "run"), "in")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 200_000 * 1024
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": [1]},
+        {"rope_parameters": {"rope_type": "yarn", "factor": "much"}},
+        {"rms_norm_eps": []},
+        {"rope_theta": "x", "rope_parameters": None},
+        {"eos_token_id": "a"},
+        {"eos_token_id": []},
+        {"bos_token_id": -1},
+        {"eos_token_id": 10**12},
+    ],
+    ids=str,
+)
+def test_entries_of_another_type(copy, tmp_path, changes):
+    change(copy("llama"), **changes)
+    refused(call(tmp_path, "in", "run"), "config.json" if "token_id" in str(changes) else "in: config.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/passwd", "in/model.safetensors", "weights.bin", 3, None]
+)
+def test_an_index_that_names_files_elsewhere(copy, tmp_path, name):
+    folder = copy("llama")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    refused(call(tmp_path, "in", "run"), f"{name}", "index.json")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weight_map": []}', "{}", "[" * 100_000])
+def test_an_index_that_is_none(copy, tmp_path, content):
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    refused(call(tmp_path, "in", "run"), "index.json")
+
+
+@pytest.mark.parametrize("header", [2**63, 2**40, 10**8 + 1, 0])
+def test_a_header_of_absurd_length(copy, tmp_path, header):
+    path = copy("llama") / "model.safetensors"
+    path.write_bytes(header.to_bytes(8, "little") + path.read_bytes()[8:])
+    refused(call(tmp_path, "in", "run"), "model.safetensors", "damaged")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_files_that_are_absurdly_large(copy, tmp_path, name):
+    os.truncate(copy("llama") / name, 2**40)  # with nothing in it
+    refused(call(tmp_path, "in", "run"), name, "bytes")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_files_that_are_nested_without_end(copy, tmp_path, name):
+    (copy("llama") / name).write_text('{"a":' * 100_000)
+    refused(call(tmp_path, "in", "run"), name)
+
+
+def test_a_token_with_an_absurd_id(copy, tmp_path):
+    path = copy("llama") / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["model"]["vocab"]["zzzz"] = 2**32 - 1
+    path.write_text(json.dumps(described))
+    refused(call(tmp_path, "in", "run"), "entries")
 
 
 def test_no_model_folder(tmp_path):
