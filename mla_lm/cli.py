@@ -19,8 +19,6 @@ from mla_lm.errors import Interrupted, TrainingFailed, UserError
 from mla_lm.plain_text import say
 
 MOST_LINES, LONGEST_LINE = 3, 1000
-# What the operating system says of a path that a user named.
-PATH_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError, FileNotFoundError)
 
 # Options of Hydra's own groups that another package brings, and what to install.
 PLUGINS = {
@@ -40,7 +38,7 @@ def run(main: Callable[[], object], schema: type | None = None) -> NoReturn:
     """
     try:
         main()
-    except (UserError, TrainingFailed, HydraException, OmegaConfBaseException, *PATH_ERRORS) as error:
+    except (UserError, TrainingFailed, HydraException, OmegaConfBaseException) as error:
         sys.exit(report(error, schema))
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
@@ -49,6 +47,10 @@ def run(main: Callable[[], object], schema: type | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # what the operating system says of a path that a user named
+        if error.filename is None:
+            raise
+        sys.exit(report(error))
     sys.exit(0)
 
 
@@ -56,7 +58,7 @@ def report(error: Exception, schema: type | None = None) -> int:
     """Print what went wrong on stderr, in at most three lines, and return the exit status it calls for."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         message = explain_hydra(error, schema)
-    elif isinstance(error, PATH_ERRORS) and error.filename is not None:
+    elif isinstance(error, OSError) and error.filename is not None:
         message = f"{error.filename}: {error.strerror}"
     else:
         message = str(error)

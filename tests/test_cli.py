@@ -1,5 +1,7 @@
 """Exit statuses, and the words for what can go wrong."""
 
+import errno
+import os
 import signal
 
 import pytest
@@ -53,3 +55,14 @@ def test_quoted_is_read_by_hydra_as_it_was(text):
     """A backslash, a quote, a comma, an interpolation's sign: a path may have any."""
     (override,) = OverridesParser.create().parse_overrides([f"key={cli.quoted(text)}"])
     assert override.value() == text
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.EACCES])
+def test_what_the_system_says_of_a_path_is_one_line(number, capsys):
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "some/path")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: some/path: {os.strerror(number)}\n"
