@@ -20,7 +20,7 @@ from mla_lm import cli, sweep, trust
 from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
 from mla_lm.errors import TrainingFailed, UserError
 from mla_lm.plain_text import say
-from mla_lm.resume import different_keys, resumed_config, started_config
+from mla_lm.resume import GROUPS, WHOLE, different_keys, resumed_config, started_config
 from mla_lm.run import RunFolder, find_run
 from mla_lm.start import named_start, newest_start
 
@@ -140,7 +140,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which cli.run words, instead of printing them
     warnings.filterwarnings("ignore", module="hydra")
     arguments = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))  # Hydra wants -m before overrides
-    cli.check_flags(arguments)
+    cli.check_arguments(arguments, (*GROUPS, *WHOLE))
     register_schema()
     sys.argv[1:] = resume_in_place(arguments)
     with sweep.reported(arguments):

@@ -4,11 +4,12 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields, is_dataclass
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -75,11 +76,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists what there is)")
 
 
-def check_flags(arguments: list[str]) -> None:
-    """Raises UserError where Hydra's own parser would print its whole usage."""
+def check_arguments(arguments: list[str], groups: Collection[str]) -> None:
+    """Raises UserError where Hydra would print its whole usage, or end in a traceback.
+
+    Args:
+        groups: of the configuration, of which an option is chosen by its name
+    """
     parser = get_args_parser()
     parser.error = Parser.error.__get__(parser)
-    parser.parse_args(arguments)
+    for override in OverridesParser.create().parse_overrides(parser.parse_args(arguments).overrides):
+        if not override.key_or_group:
+            raise UserError(f"{override.input_line}: overrides are written key=value, or group=option")
+        value = None if override.is_sweep_override() else override.value()
+        if override.key_or_group in groups and not (value is None or isinstance(value, str | list)):
+            raise UserError(f"{override.input_line} is no option of {override.key_or_group}: they have names")
 
 
 def quoted(value: object) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,16 @@ from mla_lm.config_file import read_config, to_yaml
 from mla_lm.errors import UserError
 from mla_lm.files import whole_folder, write_atomically
 from mla_lm.plain_text import say
+
+# What the tools read of the summary of a run that has finished, by what it must be.
+FIGURES = {
+    (str,): ("attention", "data_fingerprint"),
+    (int, float): ("parameters", "tokens_seen", "val_loss", "test_loss", "kv_cache_bytes_per_token"),
+    (int, float, NoneType): (
+        *(f"{split}_{name}" for split in ("val", "test") for name in ("perplexity", "bits_per_byte")),
+        *("kv_cache_bytes_at_seq_len", "kv_cache_vs_mha", "tokens_per_second"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,11 @@ class RunFolder:
             raise UserError(f"{self.summary_file} is damaged: {error}") from error
         if not isinstance(summary, dict):
             raise UserError(f"{self.summary_file} is damaged: it is no JSON object")
+        if summary.get("finished"):
+            for kind, names in FIGURES.items():
+                for name in names:
+                    if type(summary.get(name)) not in kind:
+                        raise UserError(f"{self.summary_file} is damaged: {name} is {summary.get(name, 'missing')}")
         return summary
 
     @property
