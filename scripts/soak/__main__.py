@@ -18,11 +18,18 @@ from mla_lm.errors import TrainingFailed
 from mla_lm.files import write_atomically
 from scripts.bench.measure import setup
 from scripts.compare import markdown
-from scripts.soak import killing
-from scripts.soak.runs import write_corpus
+from scripts.soak import damage, disk, killing, leaks, nonfinite, signals
+from scripts.soak.runs import prepare_root
 from scripts.soak.trials import Row
 
-ROWS: dict[str, ModuleType] = {"killing": killing}
+ROWS: dict[str, ModuleType] = {
+    "killing": killing,
+    "damage": damage,
+    "signals": signals,
+    "disk": disk,
+    "nonfinite": nonfinite,
+    "leaks": leaks,
+}
 
 
 def parse() -> argparse.Namespace:
@@ -38,8 +45,8 @@ def main() -> None:
     args = parse()
     seed = SystemRandom().getrandbits(32) if args.seed is None else args.seed
     root = Path(tempfile.mkdtemp(prefix="soak-"))
-    write_corpus(root)
     print(f"seed {seed}, files in {root}", flush=True)
+    prepare_root(root)
     rows, seconds = {}, {}
     for name in args.only or ROWS:
         began = time.monotonic()

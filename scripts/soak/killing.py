@@ -6,11 +6,12 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
 from mla_lm.run import RunFolder
-from scripts.soak.runs import Broken, Program, check_same, go_on, new_run, until
+from scripts.soak.runs import Broken, Program, check_same, go_on, new_run, reference, until
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "`kill -9` at a random moment, half inside a save, a quarter while tokenising; resume"
@@ -19,15 +20,10 @@ SAVE_SECONDS = 0.01  # about what a save takes
 
 
 def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
-    runs = 4 if quick else 50
-    command = new_run(root)
-    folder.mkdir()
-    began = time.monotonic()
-    Program("train.py", command, folder).expect(0)
-    seconds = time.monotonic() - began
-    moments = itertools.islice(itertools.cycle(("saving", "tokenising", "saving", "anywhere")), runs)
-    cases = [(moment, random.getrandbits(32), seconds, root, folder / "run") for moment in moments]
-    outcomes = run_trials(trial, cases, folder, seconds=900)
+    runs = 3 if quick else 50
+    moments = itertools.islice(itertools.cycle(("saving", "tokenising", "anywhere", "saving")), runs)
+    cases = [(moment, random.getrandbits(32)) for moment in moments]
+    outcomes = run_trials(partial(trial, root=root), cases, folder, seconds=900)
     counts = Counter(itertools.chain(*(outcome.value for outcome in outcomes if outcome.value)))
     return Row(
         f"{held(outcomes)} went on; weights, optimizer, random state and losses bit-equal to the uninterrupted run "
@@ -36,9 +32,9 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     )
 
 
-def trial(folder: Path, moment: str, seed: int, seconds: float, root: Path, reference: Path) -> list[str]:
+def trial(folder: Path, moment: str, seed: int, root: Path) -> list[str]:
     """Kill a run, go on with it, and compare; returns what the kill hit."""
-    random = Random(seed)
+    random, seconds = Random(seed), RunFolder(reference(root)).summary()["total_seconds"]
     for attempt in range(ATTEMPTS):
         place = folder / str(attempt)
         place.mkdir()
@@ -52,7 +48,7 @@ def trial(folder: Path, moment: str, seed: int, seconds: float, root: Path, refe
         raise Broken(f"no run could be killed {moment} in {ATTEMPTS} attempts")
     begun = RunFolder(place / "run").is_begun
     go_on(place, command)
-    check_same(place / "run", reference)
+    check_same(place / "run", reference(root))
     if leftovers := [path.name for path in (place / "run" / "checkpoints").iterdir() if path.name.startswith(".")]:
         raise Broken(f"{leftovers[0]} is left over from the save that was killed")
     return [moment] if begun else [moment, "before a first checkpoint"]

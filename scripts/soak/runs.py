@@ -7,10 +7,12 @@ import json
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +24,7 @@ import train
 from mla_lm import cli
 from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
+from mla_lm.lightning_module import LanguageModel
 from mla_lm.run import RunFolder
 from scripts import compare, convert, evaluate, export, generate, import_hf
 
@@ -32,14 +35,16 @@ PROGRAMS: dict[str, Callable[[], NoReturn]] = {
         for module in (compare, convert, evaluate, export, generate, import_hf)
     },
 }
-# A step takes some 10 ms and a checkpoint a few MB. Dropout draws random numbers, and a step has four micro-batches.
+STEPS, VALIDATE_EVERY, SAVE_EVERY = 32, 6, 4
+# A step takes some 10 ms and a checkpoint a few MB. Dropout draws random numbers, and a step has two micro-batches.
 SMALL = (
     "model=mla_tiny", "model.num_layers=2", "model.d_model=128", "model.seq_len=32", "model.ff_hidden=384",
     "model.attention.kv_compressed_dim=32", "model.attention.rope_dim=8", "model.attention.nope_dim=24",
     "model.attention.value_dim=32", "model.dropout=0.1",
-    "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=40",
-    "tokens_per_step=256", "micro_batch_tokens=64",
-    "val_every_n_steps=6", "checkpoint.every_n_steps=4", "log_every_n_steps=1", "samples.max_tokens=4",
+    "trainer.accelerator=cpu", "trainer.precision=32-true", f"trainer.max_steps={STEPS}",
+    "tokens_per_step=128", "micro_batch_tokens=64",
+    f"val_every_n_steps={VALIDATE_EVERY}", f"checkpoint.every_n_steps={SAVE_EVERY}", "log_every_n_steps=1",
+    "samples.max_tokens=4",
     "data=text", "data.tokenizer.vocab_size=300", "data.val_tokens=512", "logger=none", "compile=false",
 )  # fmt: skip
 MEASURED = ("seconds", "memory/peak_mib", "train/tokens_per_second", "train/mfu")
@@ -67,14 +72,13 @@ class Result:
 
 
 class Program:
-    """One of PROGRAMS at work in a process of its own; what it prints is kept in `folder`/log.
+    """One of PROGRAMS at work in a process of its own; its command line and what it prints are kept in `folder`/log.
 
     Args:
         name: of PROGRAMS
         arguments: its command line
         folder: working directory
         prepare: called in the new process before the program, to plant a fault there
-        stdout: file descriptor to print to instead
     """
 
     def __init__(
@@ -83,22 +87,22 @@ class Program:
         arguments: list[str] | tuple[str, ...],
         folder: Path,
         prepare: Callable[[], object] | None = None,
-        stdout: int | None = None,
     ):
+        self.name = name
         (folder / "log").mkdir(exist_ok=True)
         self.log = folder / "log" / f"{len(list(folder.glob('log/*.command')))}"
         command = shlex.join([name, *map(str, arguments)])
         self.log.with_suffix(".command").write_text(f"{command}\n")
         sys.stdout.flush()
-        self.process = FORK.Process(target=self._work, args=(name, list(map(str, arguments)), folder, prepare, stdout))
+        self.process = FORK.Process(target=self._work, args=(name, list(map(str, arguments)), folder, prepare))
         self.process.start()
 
-    def _work(self, name: str, arguments: list[str], folder: Path, prepare: Any, stdout: int | None) -> None:
+    def _work(self, name: str, arguments: list[str], folder: Path, prepare: Callable[[], object] | None) -> None:
         os.setsid()  # its own helpers die with it
         for number, stream in ((1, "stdout"), (2, "stderr")):
-            file = os.open(self.log.with_suffix(f".{stream}"), os.O_WRONLY | os.O_CREAT)
-            os.dup2(stdout if number == 1 and stdout is not None else file, number)
-            setattr(sys, stream, open(number, "w", buffering=number - 2 or 1, closefd=False, errors="backslashreplace"))
+            os.dup2(os.open(self.log.with_suffix(f".{stream}"), os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         os.chdir(folder)
         sys.argv = [name, *arguments]
         if prepare:
@@ -114,7 +118,9 @@ class Program:
         (os.killpg if group else os.kill)(self.process.pid, signum)
 
     def kill(self) -> None:
-        self.send(signal.SIGKILL, group=True)
+        self.process.kill()
+        with suppress(ProcessLookupError):
+            self.send(signal.SIGKILL, group=True)
         self.process.join()
 
     def wait(self, seconds: float = PATIENCE) -> Result:
@@ -122,31 +128,32 @@ class Program:
         self.process.join(seconds)
         if self.running:
             self.kill()
-            raise Broken(f"{self.command} did not end within {seconds:.0f} s")
+            raise Broken(f"{self} did not end within {seconds:.0f} s")
         out, err = (self.log.with_suffix(f".{stream}").read_text(errors="replace") for stream in ("stdout", "stderr"))
         result = Result(self.process.exitcode, out, err)
         if "Traceback (most recent call last)" in result.output:
-            raise Broken(f"{self.command} ended in a traceback: {result.stderr.strip().splitlines()[-1]}")
+            raise Broken(f"{self} ended in a traceback: {result.stderr.strip().splitlines()[-1]}")
         return result
 
-    @property
-    def command(self) -> str:
-        return self.log.with_suffix(".command").read_text().strip()
+    def __str__(self) -> str:
+        return f"{self.name} (log/{self.log.name})"
 
-    def expect(self, *statuses: int) -> Result:
+    def expect(self, *statuses: int, seconds: float = PATIENCE) -> Result:
         """`wait`, and Broken for another exit status."""
-        result = self.wait()
+        result = self.wait(seconds)
         if result.shell_status not in statuses:
             last = (result.stderr.strip() or result.stdout.strip() or "nothing").splitlines()[-1]
-            raise Broken(f"{self.command} ended with status {result.shell_status}: {last}")
+            raise Broken(f"{self} ended with status {result.shell_status}: {last}")
         return result
 
 
-def write_corpus(folder: Path) -> None:
-    """corpus.txt: about 300 kB of Python."""
+def prepare_root(root: Path) -> None:
+    """What all rows share: corpus.txt, about 300 kB of Python, its token cache, and a run that is not interrupted."""
     library = Path(os.__file__).parent
     text = "\n".join((library / name).read_text() for name in ("argparse.py", "typing.py", "tarfile.py"))
-    (folder / "corpus.txt").write_text(text)
+    (root / "corpus.txt").write_text(text)
+    reference(root).parent.mkdir()
+    Program("train.py", new_run(root), reference(root).parent).expect(0)
 
 
 def new_run(root: Path, *overrides: str) -> list[str]:
@@ -156,10 +163,36 @@ def new_run(root: Path, *overrides: str) -> list[str]:
     return list(last.values())
 
 
-def go_on(folder: Path, command: list[str]) -> Result:
+def reference(root: Path) -> Path:
+    """The run that was not interrupted."""
+    return root / "reference" / "run"
+
+
+def go_on(folder: Path, command: list[str], prepare: Callable[[], object] | None = None) -> Result:
     """Resume ./run as its user would, to its end: from its checkpoint, or by the same command where it has none."""
     begun = RunFolder(folder / "run").is_begun
-    return Program("train.py", ["ckpt_path=run"] if begun else command, folder).expect(0)
+    return Program("train.py", ["ckpt_path=run"] if begun else command, folder, prepare).expect(0)
+
+
+def copied_run(run: Path, folder: Path) -> Path:
+    """A copy of a run as `folder`/run."""
+    return Path(shutil.copytree(run, folder / "run"))
+
+
+def checkpoints_of(run: Path) -> dict[str, dict]:
+    """All checkpoints under their own names, by name; UserError for a damaged one."""
+    return {file.name: load_checkpoint(file) for file in sorted((run / "checkpoints").glob("[!.]*.ckpt"))}
+
+
+def before(method: str, act: Callable[[Any], object]) -> None:
+    """In a process that is about to train: have `act(module)` called before a hook of the Lightning module."""
+    original = getattr(LanguageModel, method)
+
+    def hooked(module: LanguageModel, *arguments: Any) -> Any:
+        act(module)
+        return original(module, *arguments)
+
+    setattr(LanguageModel, method, hooked)
 
 
 def until(process: Program, happened: Callable[[], bool], seconds: float = PATIENCE, pause: float = 0.002) -> bool:
@@ -170,7 +203,7 @@ def until(process: Program, happened: Callable[[], bool], seconds: float = PATIE
             return False
         if time.monotonic() > deadline:
             process.kill()
-            raise Broken(f"{process.command}: nothing happened for {seconds:.0f} s")
+            raise Broken(f"{process}: nothing happened for {seconds:.0f} s")
         time.sleep(pause)
     return True
 
@@ -187,20 +220,20 @@ def rows_of(run: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
-def check_same(run: Path, reference: Path) -> None:
+def check_same(run: Path, other: Path) -> None:
     """Raises Broken unless weights, optimizer, random state, losses and test loss are equal bit by bit."""
     for name in ("last.ckpt", "best.ckpt"):
-        here, there = (load_checkpoint(folder / "checkpoints" / name) for folder in (run, reference))
+        here, there = (load_checkpoint(folder / "checkpoints" / name) for folder in (run, other))
         for key in ("global_step", "state_dict", "optimizer_states", "random_state"):
             if not equal(here[key], there[key]):
                 raise Broken(f"{run / 'checkpoints' / name}: {key} is not that of the uninterrupted run")
-    here, there = rows_of(run), rows_of(reference)
+    here, there = rows_of(run), rows_of(other)
     for a, b in zip(here, there, strict=False):
         if a != b:
             raise Broken(f"{run / 'metrics.jsonl'} has {a}, the uninterrupted run {b}")
     if len(here) != len(there):
         raise Broken(f"{run / 'metrics.jsonl'} has {len(here)} rows, that of the uninterrupted run {len(there)}")
-    if RunFolder(run).summary()["test_loss"] != RunFolder(reference).summary()["test_loss"]:
+    if RunFolder(run).summary()["test_loss"] != RunFolder(other).summary()["test_loss"]:
         raise Broken(f"{run / 'summary.json'} has another test_loss than the uninterrupted run")
 
 
