@@ -18,7 +18,7 @@ from mla_lm.errors import TrainingFailed
 from mla_lm.files import write_atomically
 from scripts.bench.measure import setup
 from scripts.compare import markdown
-from scripts.soak import damage, disk, killing, leaks, nonfinite, signals
+from scripts.soak import damage, disk, fuzz, hostile, killing, leaks, nonfinite, signals
 from scripts.soak.runs import prepare_root
 from scripts.soak.trials import Row
 
@@ -28,6 +28,8 @@ ROWS: dict[str, ModuleType] = {
     "signals": signals,
     "disk": disk,
     "nonfinite": nonfinite,
+    "hostile": hostile,
+    "fuzz": fuzz,
     "leaks": leaks,
 }
 

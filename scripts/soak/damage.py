@@ -12,7 +12,7 @@ from scripts.soak.runs import (
     Program,
     check_same,
     checkpoints_of,
-    copied_run,
+    copied,
     equal,
     new_run,
     reference,
@@ -52,7 +52,7 @@ def killed_run(folder: Path, command: list[str]) -> Path:
 
 def trial(folder: Path, damage: str, names: tuple[str, ...], seed: int, killed: Path, root: Path) -> None:
     random = Random(seed)
-    checkpoints = copied_run(killed, folder) / "checkpoints"
+    checkpoints = copied(killed, folder / "run") / "checkpoints"
     whole = checkpoints_of(folder / "run")
     if missing := [name for name in names if name not in whole]:
         raise Broken(f"the run keeps no {missing[0]}")

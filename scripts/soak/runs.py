@@ -6,6 +6,7 @@ A process that has imported everything is forked for every run, so that hundreds
 import json
 import multiprocessing
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -25,11 +26,12 @@ from mla_lm import cli
 from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
 from mla_lm.lightning_module import LanguageModel
-from mla_lm.run import RunFolder
+from mla_lm.run import RunFolder, load_run
 from scripts import compare, convert, evaluate, export, generate, import_hf
 
 PROGRAMS: dict[str, Callable[[], NoReturn]] = {
     "train.py": lambda: cli.run(train.main, TrainConfig),
+    "load_run": lambda: cli.run(lambda: load_run(sys.argv[1])),
     **{
         module.__name__: lambda module=module: cli.run(module.main)
         for module in (compare, convert, evaluate, export, generate, import_hf)
@@ -48,6 +50,7 @@ SMALL = (
     "data=text", "data.tokenizer.vocab_size=300", "data.val_tokens=512", "logger=none", "compile=false",
 )  # fmt: skip
 MEASURED = ("seconds", "memory/peak_mib", "train/tokens_per_second", "train/mfu")
+MOST_MEMORY = 6 * 2**30  # bytes of address space
 PATIENCE = 120.0  # seconds that a program may take
 FORK = multiprocessing.get_context("fork")
 
@@ -99,6 +102,9 @@ class Program:
 
     def _work(self, name: str, arguments: list[str], folder: Path, prepare: Callable[[], object] | None) -> None:
         os.setsid()  # its own helpers die with it
+        for signum in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):  # whatever this process was started under
+            signal.signal(signum, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, stream in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(self.log.with_suffix(f".{stream}"), os.O_WRONLY | os.O_CREAT), number)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
@@ -174,9 +180,14 @@ def go_on(folder: Path, command: list[str], prepare: Callable[[], object] | None
     return Program("train.py", ["ckpt_path=run"] if begun else command, folder, prepare).expect(0)
 
 
-def copied_run(run: Path, folder: Path) -> Path:
-    """A copy of a run as `folder`/run."""
-    return Path(shutil.copytree(run, folder / "run"))
+def copied(run: Path, to: Path) -> Path:
+    """A copy of a folder, the programs' output left out."""
+    return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("log")))
+
+
+def limit_memory() -> None:
+    """In a process that a broken file may tell to allocate anything."""
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
 
 
 def checkpoints_of(run: Path) -> dict[str, dict]:

@@ -1,5 +1,6 @@
 """Signals at any moment of a run; all stop it at a step, and it goes on as if it had not stopped."""
 
+import itertools
 import os
 import signal
 import time
@@ -43,6 +44,7 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     cases = [(signum, moment, random.getrandbits(32)) for signum, moment in pairs]
     outcomes = run_trials(partial(trial, root=root), cases, folder / "trials", seconds=600)
     outcomes += run_trials(second, [(root,)], folder / "second", seconds=60)
+    outcomes += run_trials(nohup, [(root,)], folder / "nohup", seconds=60)
     if not quick:  # a compiled run takes a minute
         cases = [(signum, random.getrandbits(32)) for signum in SIGNALS]
         outcomes += run_trials(partial(compiling, root=root), cases, folder / "compiling", seconds=600)
@@ -75,8 +77,8 @@ def trial(folder: Path, signum: int, moment: str, seed: int, root: Path) -> str:
 
 def send_itself(signum: int, method: str, number: int) -> None:
     """In a process that is about to train: a signal in the call with this number of a hook."""
-    left = iter(range(number))
-    before(method, lambda module: os.kill(os.getpid(), signum) if next(left, None) is None else None)
+    calls = itertools.count()
+    before(method, lambda module: next(calls) == number and os.kill(os.getpid(), signum))
 
 
 def check_stopped(run: Path) -> None:
@@ -84,6 +86,16 @@ def check_stopped(run: Path) -> None:
     summary, saved = RunFolder(run).summary(), checkpoints_of(run).get("last.ckpt", {}).get("global_step")
     if summary.get("finished") is not False or summary["steps"] != saved:
         raise Broken(f"summary.json says {summary.get('steps')} steps, last.ckpt {saved}")
+
+
+def nohup(folder: Path, root: Path) -> str:
+    """Where SIGHUP is ignored, as `nohup` sets it, the run goes on."""
+    process = Program("train.py", new_run(root), folder, lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    until(process, lambda: steps_done(folder / "run") > 1)
+    process.send(signal.SIGHUP)
+    process.expect(0)
+    check_same(folder / "run", reference(root))
+    return "under nohup"
 
 
 def second(folder: Path, root: Path) -> str:
@@ -109,6 +121,10 @@ def second(folder: Path, root: Path) -> str:
     return "second Ctrl-C"
 
 
+def sources(folder: Path) -> list[Path]:
+    return list(folder.glob("compiled/**/*.cpp"))
+
+
 def compiling(folder: Path, signum: int, seed: int, root: Path) -> str:
     """While the compiler is at work; Ctrl-C and a terminal that closes also reach the processes that it starts."""
     command = new_run(root, *COMPILED)
@@ -117,7 +133,9 @@ def compiling(folder: Path, signum: int, seed: int, root: Path) -> str:
         return lambda: os.environ.update(TORCHINDUCTOR_CACHE_DIR=str(place / "compiled"))
 
     process = Program("train.py", command, folder, compiler_of(folder))
-    until(process, lambda: any(folder.glob("compiled/**/*.cpp")))
+    until(process, (folder / "run" / "config.yaml").is_file)  # before it, only whether there is a compiler is tried
+    tried = len(sources(folder))
+    until(process, lambda: len(sources(folder)) > tried)
     time.sleep(Random(seed).uniform(0, 5))
     process.send(signum, group=signum in (signal.SIGINT, signal.SIGHUP))
     process.expect(128 + signum, seconds=COMPILE_SECONDS)
