@@ -6,6 +6,7 @@ is said, and its files are kept.
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -48,6 +49,7 @@ def main() -> None:
     seed = SystemRandom().getrandbits(32) if args.seed is None else args.seed
     root = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"seed {seed}, files in {root}", flush=True)
+    os.environ["XDG_CONFIG_HOME"] = str(root / "config")  # no trace among the user's own files
     prepare_root(root)
     rows, seconds = {}, {}
     for name in args.only or ROWS:

@@ -6,19 +6,8 @@ from pathlib import Path
 from random import Random
 
 from mla_lm.errors import UserError
-from scripts.soak.runs import (
-    SAVE_EVERY,
-    Broken,
-    Program,
-    check_same,
-    checkpoints_of,
-    copied,
-    equal,
-    new_run,
-    reference,
-    steps_done,
-    until,
-)  # fmt: skip
+from scripts.soak.programs import Broken, Program, until
+from scripts.soak.runs import SAVE_EVERY, check_same, checkpoints_of, copied, equal, new_run, reference, steps_done
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "last checkpoint truncated, bit-flipped, empty or missing"

@@ -14,20 +14,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from scripts.soak.runs import (
-    STEPS,
-    Broken,
-    Program,
-    before,
-    check_same,
-    checkpoints_of,
-    files_in,
-    go_on,
-    new_run,
-    reference,
-    steps_done,
-    until,
-)  # fmt: skip
+from scripts.soak.programs import Broken, Program, before, until
+from scripts.soak.runs import STEPS, check_same, checkpoints_of, files_in, go_on, new_run, reference, steps_done
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "disk full at random writes, read-only folder, closed stdout"

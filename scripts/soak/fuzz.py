@@ -8,14 +8,11 @@ from random import Random
 
 from mla_lm.errors import UserError
 from scripts.soak.mutations import mutate
-from scripts.soak.runs import STEPS, Broken, Program, copied, files_in, limit_memory, new_run, reference
+from scripts.soak.programs import Broken, Program, limit_memory
+from scripts.soak.runs import STEPS, copied, files_in, new_run, reference
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "drawn command lines and data files, and every file of a run folder spoiled at random"
-FILES = (
-    "config.yaml", "tokenizer.json", "checkpoints/last.ckpt", "checkpoints/last-1.ckpt", "checkpoints/best.ckpt",
-    "metrics.jsonl", "summary.json", "wandb_id",
-)  # fmt: skip
 READERS = {
     "load_run": ("load_run", "run"),
     "compare": ("scripts.compare", "run", "other"),
@@ -34,7 +31,7 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     commands = [(example,) for example in examples(10 if quick else 500, random.getrandbits(32))]
     drawn = run_trials(partial(command_trial, root=root), commands, folder / "drawn", seconds=900)
     run = whole_run(root, folder / "whole")
-    names = [name for name in FILES if (run / name).exists()]
+    names = [str(file.relative_to(run)) for file in files_in(run)]
     cases = [
         (names[number % len(names)], random.choice(list(READERS)), random.getrandbits(32))
         for number in range(24 if quick else 2000)

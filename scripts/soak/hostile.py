@@ -6,11 +6,12 @@ from pathlib import Path
 from random import Random
 
 from scripts.soak.attacks import CANARY, MODELS, RUNS, SECRET, SECRET_NAME
-from scripts.soak.runs import STEPS, Broken, Program, copied, limit_memory, new_run, reference
+from scripts.soak.programs import Broken, Program, limit_memory
+from scripts.soak.runs import STEPS, copied, new_run, reference
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "malicious checkpoints, configs, tokenizers and exports, given to train.py and every tool"
-# How each program is given ./run; whoever opens another's run must say that it is trusted, so both ways.
+# How each program is given ./run or ./model.
 OPENERS = {
     "train.py ckpt_path=": ("train.py", "ckpt_path=run", f"trainer.max_steps={STEPS + 1}"),
     "train.py init_from=": ("train.py", "init_from=run", "hydra.run.dir=new", "trainer.max_steps=1"),
@@ -19,15 +20,21 @@ OPENERS = {
     "export": ("scripts.export", "run", "exported"),
     "compare": ("scripts.compare", "run"),
     "convert": ("scripts.convert", "run", "converted", "--kv-compressed-dim", "8", "--rope-dim", "4"),
+    "import_hf": ("scripts.import_hf", "model", "imported"),
 }
-IMPORT = ("scripts.import_hf", "model", "imported")
+# What opens the files that another user's run names, if it is told so: then the attack gets further.
+TRUST = {
+    "train.py ckpt_path=": "trust=true", "train.py init_from=": "trust=true", "evaluate": "--trust",
+    "export": "--trust", "convert": "--trust",
+}  # fmt: skip
 
 
 def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     model = folder / "model"
     Program("scripts.export", [reference(root), model], reference(root).parent).expect(0)
-    cases = [(attack, opener, trusted) for attack in RUNS for opener in OPENERS for trusted in (False, True)]
-    cases += [(attack, "import_hf", False) for attack in MODELS]
+    cases = [(attack, opener, "") for attack in RUNS for opener in OPENERS if opener != "import_hf"]
+    cases += [(attack, opener, trust) for attack in RUNS for opener, trust in TRUST.items()]
+    cases += [(attack, "import_hf", "") for attack in MODELS]
     if quick:
         cases = random.sample(cases, 16)
     outcomes = run_trials(partial(trial, root=root, model=model), cases, folder / "trials", seconds=600)
@@ -39,19 +46,14 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     )
 
 
-def trial(folder: Path, attack: str, opener: str, trusted: bool, root: Path, model: Path) -> None:
+def trial(folder: Path, attack: str, opener: str, trust: str, root: Path, model: Path) -> None:
     copied(reference(root), folder / "run")
     copied(model, folder / "model")
     (RUNS | MODELS)[attack](folder)
-    if opener == "import_hf":
-        name, *arguments = IMPORT
-    else:
-        name, *arguments = OPENERS[opener]
-        if name == "train.py" and "init_from=run" in arguments:
-            arguments = [*new_run(root), *arguments]
-        if trusted:
-            arguments.append("trust=true" if name == "train.py" else "--trust")
-    process = Program(name, arguments, folder, prepare)
+    name, *arguments = OPENERS[opener]
+    if "init_from=run" in arguments:
+        arguments = new_run(root, *arguments)
+    process = Program(name, [*arguments, *trust.split()], folder, prepare)
     try:
         result = process.expect(0, 2)
     finally:

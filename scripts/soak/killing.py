@@ -11,7 +11,8 @@ from pathlib import Path
 from random import Random
 
 from mla_lm.run import RunFolder
-from scripts.soak.runs import Broken, Program, check_same, go_on, new_run, reference, until
+from scripts.soak.programs import Broken, Program, until
+from scripts.soak.runs import check_same, go_on, new_run, reference
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "`kill -9` at a random moment, half inside a save, a quarter while tokenising; resume"

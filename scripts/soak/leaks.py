@@ -6,7 +6,8 @@ from pathlib import Path
 from random import Random
 from statistics import median
 
-from scripts.soak.runs import Program, new_run, steps_done
+from scripts.soak.programs import Program
+from scripts.soak.runs import new_run, steps_done
 from scripts.soak.trials import Row
 
 TEST = "memory, file descriptors and threads of a long run, saved every 20 and validated every 50 steps"

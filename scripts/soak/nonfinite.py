@@ -10,18 +10,8 @@ from random import Random
 import torch
 
 from mla_lm.lightning_module import LanguageModel
-from scripts.soak.runs import (
-    STEPS,
-    VALIDATE_EVERY,
-    Broken,
-    Program,
-    before,
-    check_same,
-    checkpoints_of,
-    go_on,
-    new_run,
-    reference,
-)  # fmt: skip
+from scripts.soak.programs import Broken, Program, before
+from scripts.soak.runs import STEPS, VALIDATE_EVERY, check_same, checkpoints_of, go_on, new_run, reference
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "NaN and inf planted at a random step, in training and in validation"

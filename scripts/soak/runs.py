@@ -1,42 +1,18 @@
-"""Small runs for every row: the corpus, programs in forked processes, and the comparison bit by bit.
-
-A process that has imported everything is forked for every run, so that hundreds of them cost no import.
-"""
+"""Small runs on a small corpus, and their comparison bit by bit."""
 
 import json
-import multiprocessing
 import os
-import resource
-import shlex
 import shutil
-import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
-import mla_lm.training  # noqa: F401  train.py imports it late
-import train
-from mla_lm import cli
 from mla_lm.checkpoint import load_checkpoint
-from mla_lm.config import TrainConfig
-from mla_lm.lightning_module import LanguageModel
-from mla_lm.run import RunFolder, load_run
-from scripts import compare, convert, evaluate, export, generate, import_hf
+from mla_lm.run import RunFolder
+from scripts.soak.programs import Broken, Program
 
-PROGRAMS: dict[str, Callable[[], NoReturn]] = {
-    "train.py": lambda: cli.run(train.main, TrainConfig),
-    "load_run": lambda: cli.run(lambda: load_run(sys.argv[1])),
-    **{
-        module.__name__: lambda module=module: cli.run(module.main)
-        for module in (compare, convert, evaluate, export, generate, import_hf)
-    },
-}
 STEPS, VALIDATE_EVERY, SAVE_EVERY = 32, 6, 4
 # A step takes some 10 ms and a checkpoint a few MB. Dropout draws random numbers, and a step has two micro-batches.
 SMALL = (
@@ -50,107 +26,6 @@ SMALL = (
     "data=text", "data.tokenizer.vocab_size=300", "data.val_tokens=512", "logger=none", "compile=false",
 )  # fmt: skip
 MEASURED = ("seconds", "memory/peak_mib", "train/tokens_per_second", "train/mfu")
-MOST_MEMORY = 6 * 2**30  # bytes of address space
-PATIENCE = 120.0  # seconds that a program may take
-FORK = multiprocessing.get_context("fork")
-
-
-class Broken(Exception):
-    """A promise that did not hold: what was seen."""
-
-
-@dataclass
-class Result:
-    returncode: int  # minus the signal's number where a signal ended it
-    stdout: str
-    stderr: str
-
-    @property
-    def output(self) -> str:
-        return self.stdout + self.stderr
-
-    @property
-    def shell_status(self) -> int:
-        return 128 - self.returncode if self.returncode < 0 else self.returncode
-
-
-class Program:
-    """One of PROGRAMS at work in a process of its own; its command line and what it prints are kept in `folder`/log.
-
-    Args:
-        name: of PROGRAMS
-        arguments: its command line
-        folder: working directory
-        prepare: called in the new process before the program, to plant a fault there
-    """
-
-    def __init__(
-        self,
-        name: str,
-        arguments: list[str] | tuple[str, ...],
-        folder: Path,
-        prepare: Callable[[], object] | None = None,
-    ):
-        self.name = name
-        (folder / "log").mkdir(exist_ok=True)
-        self.log = folder / "log" / f"{len(list(folder.glob('log/*.command')))}"
-        command = shlex.join([name, *map(str, arguments)])
-        self.log.with_suffix(".command").write_text(f"{command}\n")
-        sys.stdout.flush()
-        self.process = FORK.Process(target=self._work, args=(name, list(map(str, arguments)), folder, prepare))
-        self.process.start()
-
-    def _work(self, name: str, arguments: list[str], folder: Path, prepare: Callable[[], object] | None) -> None:
-        os.setsid()  # its own helpers die with it
-        for signum in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):  # whatever this process was started under
-            signal.signal(signum, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number, stream in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(self.log.with_suffix(f".{stream}"), os.O_WRONLY | os.O_CREAT), number)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-        os.chdir(folder)
-        sys.argv = [name, *arguments]
-        if prepare:
-            prepare()
-        PROGRAMS[name]()
-
-    @property
-    def running(self) -> bool:
-        return self.process.is_alive()
-
-    def send(self, signum: int, group: bool = False) -> None:
-        """A signal to the process, or to it and all that it started, as a terminal does on Ctrl-C."""
-        (os.killpg if group else os.kill)(self.process.pid, signum)
-
-    def kill(self) -> None:
-        self.process.kill()
-        with suppress(ProcessLookupError):
-            self.send(signal.SIGKILL, group=True)
-        self.process.join()
-
-    def wait(self, seconds: float = PATIENCE) -> Result:
-        """Its result; Broken where it does not end in time, or fails with a traceback."""
-        self.process.join(seconds)
-        if self.running:
-            self.kill()
-            raise Broken(f"{self} did not end within {seconds:.0f} s")
-        out, err = (self.log.with_suffix(f".{stream}").read_text(errors="replace") for stream in ("stdout", "stderr"))
-        result = Result(self.process.exitcode, out, err)
-        if "Traceback (most recent call last)" in result.output:
-            raise Broken(f"{self} ended in a traceback: {result.stderr.strip().splitlines()[-1]}")
-        return result
-
-    def __str__(self) -> str:
-        return f"{self.name} (log/{self.log.name})"
-
-    def expect(self, *statuses: int, seconds: float = PATIENCE) -> Result:
-        """`wait`, and Broken for another exit status."""
-        result = self.wait(seconds)
-        if result.shell_status not in statuses:
-            last = (result.stderr.strip() or result.stdout.strip() or "nothing").splitlines()[-1]
-            raise Broken(f"{self} ended with status {result.shell_status}: {last}")
-        return result
 
 
 def prepare_root(root: Path) -> None:
@@ -174,10 +49,11 @@ def reference(root: Path) -> Path:
     return root / "reference" / "run"
 
 
-def go_on(folder: Path, command: list[str], prepare: Callable[[], object] | None = None) -> Result:
+def go_on(folder: Path, command: list[str], prepare: Callable[[], object] | None = None) -> None:
     """Resume ./run as its user would, to its end: from its checkpoint, or by the same command where it has none."""
-    begun = RunFolder(folder / "run").is_begun
-    return Program("train.py", ["ckpt_path=run"] if begun else command, folder, prepare).expect(0)
+    run = RunFolder(folder / "run")
+    if not run.summary().get("finished"):
+        Program("train.py", ["ckpt_path=run"] if run.is_begun else command, folder, prepare).expect(0)
 
 
 def copied(run: Path, to: Path) -> Path:
@@ -185,38 +61,9 @@ def copied(run: Path, to: Path) -> Path:
     return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("log")))
 
 
-def limit_memory() -> None:
-    """In a process that a broken file may tell to allocate anything."""
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-
-
 def checkpoints_of(run: Path) -> dict[str, dict]:
     """All checkpoints under their own names, by name; UserError for a damaged one."""
     return {file.name: load_checkpoint(file) for file in sorted((run / "checkpoints").glob("[!.]*.ckpt"))}
-
-
-def before(method: str, act: Callable[[Any], object]) -> None:
-    """In a process that is about to train: have `act(module)` called before a hook of the Lightning module."""
-    original = getattr(LanguageModel, method)
-
-    def hooked(module: LanguageModel, *arguments: Any) -> Any:
-        act(module)
-        return original(module, *arguments)
-
-    setattr(LanguageModel, method, hooked)
-
-
-def until(process: Program, happened: Callable[[], bool], seconds: float = PATIENCE, pause: float = 0.002) -> bool:
-    """Wait; False where the process ends before it has happened."""
-    deadline = time.monotonic() + seconds
-    while not happened():
-        if not process.running:
-            return False
-        if time.monotonic() > deadline:
-            process.kill()
-            raise Broken(f"{process}: nothing happened for {seconds:.0f} s")
-        time.sleep(pause)
-    return True
 
 
 def steps_done(run: Path) -> int:
@@ -255,7 +102,8 @@ def equal(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return isinstance(b, list | tuple) and len(a) == len(b) and all(map(equal, a, b))
     if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        same_kind = isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
+        return same_kind and a.numpy().tobytes() == b.numpy().tobytes()
     return a == b
 
 

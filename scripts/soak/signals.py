@@ -11,19 +11,8 @@ from pathlib import Path
 from random import Random
 
 from mla_lm.run import RunFolder
-from scripts.soak.runs import (
-    STEPS,
-    Broken,
-    Program,
-    before,
-    check_same,
-    checkpoints_of,
-    go_on,
-    new_run,
-    reference,
-    steps_done,
-    until,
-)  # fmt: skip
+from scripts.soak.programs import Broken, Program, before, until
+from scripts.soak.runs import STEPS, check_same, checkpoints_of, go_on, new_run, reference, steps_done
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "SIGTERM, SIGINT, SIGHUP, SIGUSR1 at random moments, also in validation, testing, compiling; a second Ctrl-C"

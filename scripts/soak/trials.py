@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.soak.runs import FORK, Broken
+from scripts.soak.programs import FORK, Broken
 
 
 @dataclass
