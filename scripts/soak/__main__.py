@@ -23,6 +23,7 @@ from scripts.soak import damage, disk, fuzz, hostile, killing, leaks, nonfinite,
 from scripts.soak.runs import prepare_root
 from scripts.soak.trials import Row
 
+MOST_SHOWN = 20  # failures of a row; all are in --json's file and in the folders that are kept
 ROWS: dict[str, ModuleType] = {
     "killing": killing,
     "damage": damage,
@@ -68,8 +69,10 @@ def main() -> None:
 
 def report(name: str, row: Row, seconds: float) -> None:
     print(f"{name:10} {'held' if not row.failures else 'DID NOT HOLD'} in {seconds:.0f} s: {row.figure}", flush=True)
-    for failure in row.failures:
+    for failure in row.failures[:MOST_SHOWN]:
         print(f"  {failure}", flush=True)
+    if (more := len(row.failures) - MOST_SHOWN) > 0:
+        print(f"  and {more} more", flush=True)
 
 
 def write_json(path: Path, seed: int, quick: bool, rows: dict[str, Row], seconds: dict[str, float]) -> None:

@@ -50,7 +50,7 @@ contents = st.one_of(
 )
 names = st.builds("data{}".format, st.sampled_from(SUFFIXES))
 files = st.tuples(names, contents, st.booleans()).map(
-    lambda file: (file[0], gzip.compress(file[1]) if file[0].endswith(".gz") and file[2] else file[1])
+    lambda file: (file[0], gzip.compress(file[1], mtime=0) if file[0].endswith(".gz") and file[2] else file[1])
 )
 good_file = ("data.txt", " ".join(f"word {number * number} of many," for number in range(4000)).encode())
 # With a good file the arguments are read to their end; with good arguments the file is.
@@ -61,9 +61,9 @@ examples_of = st.one_of(
 )
 
 
-def examples(count: int, number: int) -> list[tuple[str, bytes, list[str]]]:
-    """A file's name, its content, and arguments; the same for the same number."""
-    drawn: list[tuple[str, bytes, list[str]]] = []
+def examples(count: int, number: int) -> list[tuple[list[str], str, bytes]]:
+    """Arguments, a file's name and its content; the same for the same number."""
+    drawn: list[tuple[list[str], str, bytes]] = []
 
     @seed(number)
     @settings(
@@ -73,7 +73,7 @@ def examples(count: int, number: int) -> list[tuple[str, bytes, list[str]]]:
     @given(examples_of)
     def collect(example: tuple[tuple[str, bytes], list[str]]) -> None:
         (name, content), extra = example
-        drawn.append((name, content, extra))
+        drawn.append((extra, name, content))
 
     collect()
     return drawn

@@ -9,7 +9,7 @@ from random import Random
 from mla_lm.errors import UserError
 from scripts.soak.mutations import mutate
 from scripts.soak.programs import Broken, Program, limit_memory
-from scripts.soak.runs import STEPS, copied, files_in, new_run, reference
+from scripts.soak.runs import STEPS, copied, files_in, new_run
 from scripts.soak.trials import Row, failures, held, run_trials
 
 TEST = "drawn command lines and data files, and every file of a run folder spoiled at random"
@@ -20,6 +20,10 @@ READERS = {
     "resume": ("train.py", "ckpt_path=run", f"trainer.max_steps={STEPS}"),  # which it has: decides, and is done
     "resume for more": ("train.py", "ckpt_path=run", f"trainer.max_steps={STEPS + 1}"),
 }
+TINY = (
+    "model.d_model=32", "model.ff_hidden=64", "model.attention.kv_compressed_dim=8", "model.attention.rope_dim=4",
+    "model.attention.nope_dim=4", "model.attention.value_dim=8",
+)  # fmt: skip
 SECONDS = 60.0  # that a program may take
 
 
@@ -28,13 +32,13 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
         from scripts.soak.drawn import examples
     except ModuleNotFoundError as error:
         raise UserError("the row fuzz needs hypothesis: pip install -r requirements-dev.txt") from error
-    commands = [(example,) for example in examples(10 if quick else 500, random.getrandbits(32))]
-    drawn = run_trials(partial(command_trial, root=root), commands, folder / "drawn", seconds=900)
     run = whole_run(root, folder / "whole")
+    commands = examples(8 if quick else 500, random.getrandbits(32))
+    drawn = run_trials(partial(command_trial, run=run, root=root), commands, folder / "drawn", seconds=900)
     names = [str(file.relative_to(run)) for file in files_in(run)]
     cases = [
         (names[number % len(names)], random.choice(list(READERS)), random.getrandbits(32))
-        for number in range(24 if quick else 2000)
+        for number in range(16 if quick else 2000)
     ]
     spoiled = run_trials(partial(file_trial, run=run), cases, folder / "spoiled", seconds=900)
     statuses = Counter(outcome.value for outcome in drawn + spoiled if outcome.failure is None)
@@ -46,21 +50,21 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
 
 
 def whole_run(root: Path, folder: Path) -> Path:
-    """A finished run with all its files."""
-    run = copied(reference(root), folder / "run")
-    (run / "wandb_id").write_text("0123abcd\n")
-    return run
+    """A finished run with all its files, and a model that is copied and loaded in no time."""
+    folder.mkdir(parents=True)
+    Program("train.py", new_run(root, *TINY), folder).expect(0)
+    (folder / "run" / "wandb_id").write_text("0123abcd\n")
+    return folder / "run"
 
 
-def command_trial(folder: Path, example: tuple[str, bytes, list[str]], root: Path) -> int:
+def command_trial(folder: Path, arguments: list[str], name: str, content: bytes, run: Path, root: Path) -> int:
     """A small run of two steps on a drawn file, with drawn arguments after it."""
-    name, content, arguments = example
     (folder / name).write_bytes(content)
     (folder / "notes.txt").write_text("mine")
-    copied(reference(root), folder / "other")
+    copied(run, folder / "other")
     before = contents(folder)
     cache = f"data.cache_dir={folder / 'cache'}"
-    command = new_run(root, f"data.files={folder / name}", cache, "trainer.max_steps=2", "val_every_n_steps=1")
+    command = new_run(root, *TINY, f"data.files={folder / name}", cache, "trainer.max_steps=2", "val_every_n_steps=1")
     result = Program("train.py", [*command, *arguments], folder, limit_memory).expect(0, 2, seconds=SECONDS)
     check_kept(before, contents(folder), went_on=False)
     return result.returncode

@@ -47,15 +47,20 @@ def run_trials(trial: Callable[..., Any], cases: Sequence[tuple], folder: Path, 
 
 def _attempt(trial: Callable[..., Any], case: tuple, folder: Path, deadline: float) -> Outcome:
     if time.monotonic() > deadline:
-        return Outcome(failure=f"{case}: was not begun, the time of this row was over")
+        return Outcome(failure=f"{label(case)}: not begun, the time of this row was over")
     folder.mkdir(parents=True)
     try:
         value = trial(folder, *case)
     except Exception as error:  # noqa: BLE001  a fault of the trial must not hide the others
         seen = str(error) if isinstance(error, Broken) else repr(error)
-        return Outcome(failure=f"{', '.join(map(str, case))}: {seen}\n    files: {folder}")
+        return Outcome(failure=f"{label(case)}: {seen}\n    files: {folder}")
     shutil.rmtree(folder)
     return Outcome(value)
+
+
+def label(case: tuple) -> str:
+    text = ", ".join(str(part) for part in case if part != "")
+    return text if len(text) < 100 else f"{text[:97]}..."
 
 
 def held(outcomes: list[Outcome]) -> str:

@@ -133,4 +133,4 @@ def test_drawn_command_lines_repeat():
 
     drawn = examples(30, 1)
     assert drawn == examples(30, 1)
-    assert len({tuple(arguments) for _, _, arguments in drawn}) > 5
+    assert len({tuple(arguments) for arguments, _, _ in drawn}) > 5
