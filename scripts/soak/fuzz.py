@@ -41,9 +41,9 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
         for number in range(16 if quick else 2000)
     ]
     spoiled = run_trials(partial(file_trial, run=run), cases, folder / "spoiled", seconds=900)
-    statuses = Counter(outcome.value for outcome in drawn + spoiled if outcome.failure is None)
+    statuses = Counter(outcome.value for outcome in drawn + spoiled)
     return Row(
-        f"{held(drawn)} command lines and {held(spoiled)} spoiled files ended with status 0 ({statuses[0]} times) or 2 "
+        f"{held(drawn)} command lines and {held(spoiled)} spoiled files ended with status 0 ({statuses[0]}) or 2 "
         f"({statuses[2]}), no traceback, and nothing was written over",
         failures(drawn + spoiled),
     )

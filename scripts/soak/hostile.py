@@ -1,6 +1,7 @@
 """Malicious runs and model folders, given to train.py and every tool."""
 
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -38,15 +39,16 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     if quick:
         cases = random.sample(cases, 16)
     outcomes = run_trials(partial(trial, root=root, model=model), cases, folder / "trials", seconds=600)
+    statuses = Counter(outcome.value for outcome in outcomes)
     return Row(
-        f"{held(outcomes)} ended with status 0 or 2 and a message; of {len(RUNS | MODELS)} attacks "
+        f"{held(outcomes)} ended with status 0 ({statuses[0]}) or with 2 and a message ({statuses[2]}); "
         f"{sum('was run' in seen for seen in failures(outcomes))} executed, "
         f"{sum('got out' in seen for seen in failures(outcomes))} secrets out",
         failures(outcomes),
     )
 
 
-def trial(folder: Path, attack: str, opener: str, trust: str, root: Path, model: Path) -> None:
+def trial(folder: Path, attack: str, opener: str, trust: str, root: Path, model: Path) -> int:
     copied(reference(root), folder / "run")
     copied(model, folder / "model")
     (RUNS | MODELS)[attack](folder)
@@ -62,6 +64,7 @@ def trial(folder: Path, attack: str, opener: str, trust: str, root: Path, model:
         raise Broken("it is refused without a message")
     if "index" in attack and not result.returncode:
         raise Broken("files outside the folder, or no safetensors, were taken for its weights")
+    return result.returncode
 
 
 def prepare() -> None:
