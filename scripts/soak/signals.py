@@ -52,9 +52,10 @@ def trial(folder: Path, signum: int, moment: str, seed: int, root: Path) -> str:
         process = Program("train.py", command, folder, lambda: send_itself(signum, method, random.randrange(calls)))
     else:
         process = Program("train.py", command, folder)
-        wanted = random.randrange(1, STEPS - 1) if moment == "training" else 0
-        until(process, lambda: steps_done(folder / "run") >= wanted)
-        time.sleep(random.uniform(0, 0.01 if wanted else 1))
+        if moment == "training":
+            wanted = random.randrange(1, STEPS - 1)
+            until(process, lambda: steps_done(folder / "run") >= wanted)
+        time.sleep(random.uniform(0, 0.01 if moment == "training" else 1))
         process.send(signum)
     process.expect(128 + signum)
     if moment != "starting":  # where there is no step yet to stop at

@@ -1,5 +1,6 @@
 """Many trials of a row at once, one on each core, each in a folder of its own that is kept where it did not hold."""
 
+import multiprocessing
 import os
 import shutil
 import time
@@ -52,6 +53,8 @@ def _attempt(trial: Callable[..., Any], case: tuple, folder: Path, deadline: flo
     try:
         value = trial(folder, *case)
     except Exception as error:  # noqa: BLE001  a fault of the trial must not hide the others
+        for program in multiprocessing.active_children():
+            program.kill()
         seen = str(error) if isinstance(error, Broken) else repr(error)
         return Outcome(failure=f"{label(case)}: {seen}\n    files: {folder}")
     shutil.rmtree(folder)

@@ -17,7 +17,7 @@ from scripts.soak.mutations import mutate
 from scripts.soak.programs import FORK, Broken
 from scripts.soak.runs import check_same
 from scripts.soak.trials import Row, failures, held, run_trials
-from tests.conftest import ROOT, call_main, succeeded
+from tests.conftest import ROOT, call_main, refused, succeeded
 
 
 def test_quick(tmp_path):
@@ -51,7 +51,8 @@ def test_what_did_not_hold_is_said_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(broken_row, "TEST", "numbers", raising=False)
     monkeypatch.setattr(soak, "ROWS", {"numbers": broken_row})
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setenv("XDG_CONFIG_HOME", "")  # which the soak sets
+    for name in soak.FOLDERS:  # which the soak sets
+        monkeypatch.setenv(name, "")
     result = call_main(lambda: soak.cli.run(soak.main), ["soak", "--seed", "7"], tmp_path)
     assert result.returncode == 1
     assert "numbers" in result.stderr
@@ -61,6 +62,10 @@ def test_what_did_not_hold_is_said_and_kept(tmp_path, monkeypatch):
     assert [path.relative_to(root / "numbers") for path in (root / "numbers").rglob("evidence")] == [
         Path("001/evidence")
     ]
+
+
+def test_a_row_that_does_not_exist(tmp_path):
+    refused(call_main(lambda: soak.cli.run(soak.main), ["soak", "--only", "nothing"], tmp_path), "nothing", "killing")
 
 
 def test_no_trial_begins_when_the_time_is_over(tmp_path):
