@@ -45,18 +45,19 @@ def trial(folder: Path, damage: str, names: tuple[str, ...], seed: int, killed: 
     whole = checkpoints_of(folder / "run")
     if missing := [name for name in names if name not in whole]:
         raise Broken(f"the run keeps no {missing[0]}")
-    damaged = {}
+    lost: dict[str, bytes | None] = {}
     for name in names:
         content = damage_file(checkpoints / name, damage, random)
-        harmless = damage == "bit-flipped" and is_harmless(checkpoints / name, whole[name])
-        if content is not None and not harmless:
-            damaged[name] = content
+        if damage != "bit-flipped" or not is_harmless(checkpoints / name, whole[name]):
+            lost[name] = content
     result = Program("train.py", ["ckpt_path=run"], folder).expect(0)
-    intact = {checkpoint["global_step"] for name, checkpoint in whole.items() if name not in names}
     resumed = re.search(r"^resumed +after step (\d+)", result.stdout, re.MULTILINE)
-    if damaged and not (resumed and int(resumed[1]) in intact):
+    intact = {checkpoint["global_step"] for name, checkpoint in whole.items() if name not in lost}
+    if not resumed or int(resumed[1]) not in intact:
         raise Broken(f"it did not go on from the checkpoint before, but {resumed[0] if resumed else 'began anew'}")
-    for name, content in damaged.items():
+    for name, content in lost.items():
+        if content is None or whole[name]["global_step"] < int(resumed[1]):  # older ones need not be read
+            continue
         if name not in result.output:
             raise Broken(f"the damaged {name} is not named")
         if not any(file.read_bytes() == content for file in checkpoints.iterdir() if file.name not in whole):
