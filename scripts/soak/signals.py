@@ -19,7 +19,7 @@ TEST = "SIGTERM, SIGINT, SIGHUP, SIGUSR1 at random moments, also in validation, 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # The hook in which the process sends itself the signal, and how often that is called in a run, at least.
 HOOKS = {"validating": ("validation_step", 40), "testing": ("test_step", 6)}
-AT_ONCE = 2.0  # seconds that a second Ctrl-C may take
+AT_ONCE = 5.0  # seconds that a second Ctrl-C may take
 SLOW = 15.0  # seconds of the step in which it comes
 COMPILED = ("compile=true", "model.num_layers=1", "samples.max_tokens=0")
 COMPILE_SECONDS = 300.0
