@@ -72,8 +72,8 @@ def send_itself(signum: int, method: str, number: int) -> None:
 
 
 def check_stopped(run: Path) -> None:
-    """Raises Broken unless the run stopped at a step that is saved."""
-    summary, saved = RunFolder(run).summary(), checkpoints_of(run).get("last.ckpt", {}).get("global_step")
+    """Raises Broken unless the run stopped at a step that is saved, or before the first."""
+    summary, saved = RunFolder(run).summary(), checkpoints_of(run).get("last.ckpt", {}).get("global_step", 0)
     if summary.get("finished") is not False or summary["steps"] != saved:
         raise Broken(f"summary.json says {summary.get('steps')} steps, last.ckpt {saved}")
 
