@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from mla_lm.errors import UserError
 from scripts.soak.mutations import mutate
 from scripts.soak.programs import Broken, Program, limit_memory
 from scripts.soak.runs import STEPS, copied, files_in, new_run
@@ -28,10 +27,8 @@ SECONDS = 60.0  # that a program may take
 
 
 def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
-    try:
-        from scripts.soak.drawn import examples
-    except ModuleNotFoundError as error:
-        raise UserError("the row fuzz needs hypothesis: pip install -r requirements-dev.txt") from error
+    from scripts.soak.drawn import examples  # needs hypothesis, which the other rows do not
+
     run = whole_run(root, folder / "whole")
     commands = examples(8 if quick else 500, random.getrandbits(32))
     drawn = run_trials(partial(command_trial, run=run, root=root), commands, folder / "drawn", seconds=900)
