@@ -22,7 +22,7 @@ SAVE_SECONDS = 0.01  # about what a save takes
 
 def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     runs = 3 if quick else 50
-    moments = itertools.islice(itertools.cycle(("saving", "tokenising", "anywhere", "saving")), runs)
+    moments = itertools.islice(itertools.cycle(("inside a save", "while tokenising", "anywhere", "inside a save")), runs)
     cases = [(moment, random.getrandbits(32)) for moment in moments]
     outcomes = run_trials(partial(trial, root=root), cases, folder, seconds=900)
     counts = Counter(itertools.chain(*(outcome.value for outcome in outcomes if outcome.value)))
@@ -39,7 +39,7 @@ def trial(folder: Path, moment: str, seed: int, root: Path) -> list[str]:
     for attempt in range(ATTEMPTS):
         place = folder / str(attempt)
         place.mkdir()
-        command = new_run(root, f"data.cache_dir={place / 'cache'}") if moment == "tokenising" else new_run(root)
+        command = new_run(root, f"data.cache_dir={place / 'cache'}") if moment == "while tokenising" else new_run(root)
         process = Program("train.py", command, place)
         stopped = MOMENTS[moment](process, place, random, seconds * 0.8**attempt)
         process.kill()
@@ -105,4 +105,4 @@ def _stopped_while(process: Program, condition: Callable[[], bool]) -> bool:
     return False
 
 
-MOMENTS = {"saving": saving, "tokenising": tokenising, "anywhere": anywhere}
+MOMENTS = {"inside a save": saving, "while tokenising": tokenising, "anywhere": anywhere}
