@@ -22,7 +22,8 @@ SAVE_SECONDS = 0.01  # about what a save takes
 
 def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     runs = 3 if quick else 50
-    moments = itertools.islice(itertools.cycle(("inside a save", "while tokenising", "anywhere", "inside a save")), runs)
+    turns = ("inside a save", "while tokenising", "anywhere", "inside a save")
+    moments = itertools.islice(itertools.cycle(turns), runs)
     cases = [(moment, random.getrandbits(32)) for moment in moments]
     outcomes = run_trials(partial(trial, root=root), cases, folder, seconds=900)
     counts = Counter(itertools.chain(*(outcome.value for outcome in outcomes if outcome.value)))
