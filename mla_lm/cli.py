@@ -87,8 +87,8 @@ def check_arguments(arguments: list[str], groups: Collection[str]) -> None:
     for override in OverridesParser.create().parse_overrides(parser.parse_args(arguments).overrides):
         if not override.key_or_group:
             raise UserError(f"{override.input_line}: overrides are written key=value, or group=option")
-        value = None if override.is_sweep_override() else override.value()
-        if override.key_or_group in groups and not (value is None or isinstance(value, str | list)):
+        chooses = override.key_or_group in groups and not (override.is_sweep_override() or override.is_delete())
+        if chooses and not isinstance(override.value(), str | list):
             raise UserError(f"{override.input_line} is no option of {override.key_or_group}: they have names")
 
 

@@ -13,7 +13,7 @@ from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
 from mla_lm.data.tokenizer import load_tokenizer, vocabulary_size
 from mla_lm.errors import UserError
-from mla_lm.hardware import memory_bytes
+from mla_lm.hardware import DTYPES, memory_bytes
 from mla_lm.run import find_best
 from mla_lm.transformer import Transformer, TransformerConfig
 
@@ -39,6 +39,8 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
     config = run.config()
     weights = load_checkpoint(checkpoint)["state_dict"]
     check_describes(config.model, weights, checkpoint)
+    if config.trainer.precision not in DTYPES:
+        raise UserError(f"{run.config_file} is no run's: trainer.precision={config.trainer.precision}")
     tokenizer = load_tokenizer(run.tokenizer_file)
     if (entries := vocabulary_size(tokenizer)) != config.model.vocab_size:
         raise UserError(

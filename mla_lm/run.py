@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -111,6 +112,8 @@ class RunFolder:
             raise UserError(f"{self.summary_file} is damaged: {error}") from error
         if not isinstance(summary, dict):
             raise UserError(f"{self.summary_file} is damaged: it is no JSON object")
+        if lost := [name for name, value in summary.items() if isinstance(value, float) and not math.isfinite(value)]:
+            raise UserError(f"{self.summary_file} is damaged: {lost[0]} is {summary[lost[0]]}")
         if summary.get("finished"):
             for kind, names in FIGURES.items():
                 for name in names:

@@ -1,13 +1,19 @@
 """A user's mistakes: exit status 2, at most three lines that name what is wrong, nothing written over."""
 
+import gzip
+import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, refused, succeeded
+from mla_lm import cli
+from scripts import compare, generate
+from tests.conftest import ROOT, SMALL, call_main, refused, succeeded, summary_of
 
 MISTAKES = [
     (["model=mla_smal"], ["mla_smal", "mla_small"]),
@@ -51,6 +57,9 @@ MISTAKES = [
     (["--nonsense"], ["--nonsense", "--help"]),
     (["hydra.run.dir=/proc/1/none"], ["/proc/1/none"]),
     (["a b"], ["a b"]),
+    (["=null"], ["=null", "key=value"]),
+    (["model=null"], ["model=null", "option of model"]),
+    (["logger=1"], ["logger=1", "option of logger"]),
 ]
 
 
@@ -119,6 +128,41 @@ def test_damaged_run_files(train, tmp_path):
         (run / name).write_text(text)
         refused(train.bare(f"ckpt_path={run}"), name)
         (run / name).write_text(whole[name])
+
+
+def test_summaries_that_are_no_runs(train, tmp_path):
+    """compare names what is wrong in one; a run goes on without it."""
+    succeeded(train("hydra.run.dir=run"))
+    file = tmp_path / "run" / "summary.json"
+    whole = json.loads(file.read_text())
+    spoiled = [{**whole, "kv_cache_vs_mha": {}}, {**whole, "val_loss": math.inf}, {**whole, "parameters": "many"}]
+    for summary in [{k: v for k, v in whole.items() if k != "data_fingerprint"}, *spoiled]:
+        file.write_text(json.dumps(summary))
+        refused(call_main(lambda: cli.run(compare.main), ["compare", "run"], tmp_path), "summary.json", "damaged")
+    result = succeeded(train.bare("ckpt_path=run", "trainer.max_steps=7"))
+    assert "summary.json is damaged" in result.stderr
+    assert summary_of(tmp_path / "run")["finished"]
+
+
+def test_a_run_whose_precision_was_never_settled(train, tmp_path):
+    succeeded(train("hydra.run.dir=run"))
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("precision: 32-true", "precision: auto"))
+    result = call_main(lambda: cli.run(generate.main), ["generate", "run", "--prompt", "a"], tmp_path)
+    refused(result, "config.yaml", "trainer.precision=auto")
+
+
+def test_a_tokenizer_of_another_model(train, tmp_path):
+    succeeded(train("hydra.run.dir=run"))
+    succeeded(train("data.tokenizer.vocab_size=310", "hydra.run.dir=other"))
+    shutil.copy(tmp_path / "other" / "tokenizer.json", tmp_path / "run" / "tokenizer.json")
+    result = call_main(lambda: cli.run(generate.main), ["generate", "run", "--prompt", "a"], tmp_path)
+    refused(result, "tokenizer.json", "310 entries", "300")
+
+
+def test_empty_packed_file(train, tmp_path):
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    refused(train("data.files=empty.jsonl.gz"), "empty.jsonl.gz", "empty")
 
 
 def test_empty_file(train, tmp_path):

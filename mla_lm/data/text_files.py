@@ -130,6 +130,8 @@ def _check_unpacked(path: Path) -> None:
                 raise UserError(f"{path} has a line of more than {most_per_line:,} bytes: leave it out of data.files")
             if unpacked > most_unpacked:
                 raise UserError(f"{path} unpacks to more than {most_unpacked:,} bytes: leave it out of data.files")
+    if not unpacked:
+        raise UserError(f"{path} is empty: leave it out of data.files")
 
 
 def import_datasets() -> ModuleType:

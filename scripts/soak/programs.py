@@ -21,7 +21,7 @@ import train
 from mla_lm import cli
 from mla_lm.config import TrainConfig
 from mla_lm.lightning_module import LanguageModel
-from mla_lm.run import load_run
+from mla_lm.loading import load_run
 from scripts import compare, convert, evaluate, export, generate, import_hf
 
 PROGRAMS: dict[str, Callable[[], NoReturn]] = {
