@@ -140,9 +140,9 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which cli.run words, instead of printing them
     warnings.filterwarnings("ignore", module="hydra")
     arguments = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))  # Hydra wants -m before overrides
-    cli.check_arguments(arguments, (*GROUPS, *WHOLE))
     register_schema()
     sys.argv[1:] = resume_in_place(arguments)
+    cli.check_arguments(sys.argv[1:], (*GROUPS, *WHOLE))
     with sweep.reported(arguments):
         job()
 

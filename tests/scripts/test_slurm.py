@@ -57,7 +57,7 @@ def test_a_job_goes_on_after_its_time_limit(train, cluster):
     assert job.returncode == 138, errors
     assert (cluster / "asked").read_text() == "requeue 4711\n"
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "metrics.jsonl", "summary.json", "tokenizer.json",
+        "checkpoints", "config.yaml", "metrics.jsonl", "origin", "summary.json", "tokenizer.json",
     ]  # fmt: skip
     job = start(train, run)  # as Slurm starts it again
     output, errors = job.communicate(timeout=300)
