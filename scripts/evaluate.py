@@ -134,7 +134,8 @@ def evaluate_in_tasks(args: argparse.Namespace, device: str) -> None:
     if args.json:
         kept = ("results", "groups", "versions", "n-shot", "n-samples", "cut_requests", "lm_eval_version")
         figures = {"run": args.run, "limit": args.limit} | {name: results[name] for name in kept if name in results}
-        write_json(Path(args.json), figures | {"config": asdict(run[2])})
+        # Of the configuration the model alone: figures are passed on, and the rest has paths of this machine.
+        write_json(Path(args.json), figures | {"config": {"model": asdict(run.config.model)}})
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
