@@ -6,12 +6,11 @@ import shutil
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 
+from mla_lm.compiled_code import prepare_folder
 from mla_lm.errors import UserError
-from mla_lm.files import private_folder
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
 COMPILE_SECONDS = {"cpu": 50.0, "cuda": 40.0}  # of the training step of a small model, measured; larger ones take more
@@ -127,43 +126,12 @@ def compiler_failure(device: str) -> str | None:
     if device == "cpu" and shutil.which(cpp_compiler()) is None:
         return f"there is no C++ compiler {cpp_compiler()}"
     try:
-        keep_code_private()
+        prepare_folder()
         torch.compile(torch.neg)(torch.ones(8, device=device))
     except (RuntimeError, OSError, UserError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return next((line for line in lines if "error:" in line), " ".join(lines))
     return None
-
-
-def code_folder() -> Path:
-    """The folder for compiled code, beside what else torch keeps, where nobody else can put code of theirs.
-
-    Raises:
-        UserError: others can write it, or it cannot be made.
-    """
-    try:
-        return private_folder(Path(torch.hub.get_dir()).with_name("mla_lm"))
-    except UserError as error:
-        raise UserError(f"{error}\n  TORCH_HOME= names another place.") from error
-
-
-def keep_code_private() -> None:
-    """Have torch keep what it compiles in `code_folder`, where the user names no other: it would take a shared folder.
-
-    Raises:
-        UserError: others can write the folder.
-    """
-    from torch._inductor import config  # takes half a second
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    default = default_cache_dir()  # which torch puts into the variable itself when it is imported
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) == os.path.abspath(default):
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code_folder() / "inductor")
-    private_folder(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
-    try:
-        private_folder(Path(default))  # where it keeps headers, whatever it is told
-    except UserError:
-        config.cpp_cache_precompile_headers = False  # compiling takes half as long again
 
 
 def check_compiler(device: str, option: str) -> None:

@@ -83,8 +83,10 @@ def _library() -> ctypes.CDLL:
     Raises:
         UserError: it cannot be compiled or kept, or others could have put theirs in its place.
     """
+    # which not every system has all modules for
+    from mla_lm.compiled_code import code_folder
     from mla_lm.files import check_private
-    from mla_lm.hardware import code_folder, cpp_compiler  # which not every system has all modules for
+    from mla_lm.hardware import cpp_compiler
 
     arm = platform.machine() in ("arm64", "aarch64")
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread
