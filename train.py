@@ -63,6 +63,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     goes_on, checkpoint = bool(config.ckpt_path), None
     if goes_on:
         run, checkpoint = find_run(config.ckpt_path)
+        trust.check_links(run)
         resumed = resumed_config(config, run, overrides)
         config = trust.with_agreed_paths(resumed, run, config.trust, "agree with trust=true", config)
     elif config.init_from:
@@ -74,7 +75,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
 
     with run.lock() if is_first_process() else nullcontext():
         if goes_on:
-            start = named_start(checkpoint) if checkpoint else newest_start(run)
+            start = named_start(checkpoint) if checkpoint else newest_start(run, config.trainer.max_steps)
             if start is None:
                 raise UserError(
                     f"{run.path} stopped before its first checkpoint: begin it again, hydra.run.dir={run.path}"
@@ -87,7 +88,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
             if run.is_finished:
                 say(f"skipped     {run.path}: it has finished")
                 return run.summary()["val_loss"]
-            start = newest_start(run)
+            start = newest_start(run, config.trainer.max_steps)
         if not start and is_first_process():
             refuse_to_write_over(run, key)
         return train(config, run, start)

@@ -66,7 +66,7 @@ def check_archive(path: Path, tensors: bool = True) -> None:
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 98))
-        if _directory_bytes(file.read()) > DIRECTORY_BYTES:
+        if _directory_bytes(file.read(), size) > DIRECTORY_BYTES:
             raise UserError(f"{path} is damaged or no checkpoint: it is no archive of torch.save")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -78,11 +78,18 @@ def check_archive(path: Path, tensors: bool = True) -> None:
         raise UserError(f"{path} is damaged or no checkpoint: {error}") from error
 
 
-def _directory_bytes(tail: bytes) -> int:
-    """Length of the list of members, from the end of a zip file; without limit where it has none, or a comment."""
+def _directory_bytes(tail: bytes, size: int) -> int:
+    """Length of the list of members, from the end of a zip file; without limit where it is not as torch writes it.
+
+    torch and Python follow what the end says in different ways, so it must say the same to both.
+    """
     if tail[-22:-18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         return 2**64
-    return struct.unpack("<Q", tail[40:48])[0] if tail[:4] == b"PK\x06\x06" else struct.unpack("<L", tail[-10:-6])[0]
+    if tail[-42:-38] != b"PK\x06\x07":  # no directory of 64 bits is pointed to
+        return struct.unpack("<L", tail[-10:-6])[0]
+    if tail[:4] != b"PK\x06\x06" or struct.unpack("<Q", tail[64:72])[0] != size - 98:
+        return 2**64
+    return struct.unpack("<Q", tail[40:48])[0]
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
@@ -96,7 +103,9 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
         if member.header_offset < end or not member.filename.startswith(f"{top}/"):
             raise UserError(f"{path}: {member.filename} lies where torch.save would not put it")
         end = member.header_offset + 30 + len(member.filename.encode()) + member.file_size
-    if members and (members[0].header_offset != 0 or end > archive.start_dir or len(set(names)) < len(names)):
+    if members and (
+        members[0].header_offset != 0 or end > archive.start_dir or len({name.lower() for name in names}) < len(names)
+    ):
         raise UserError(f"{path} is damaged: its members do not lie one after another")
     if f"{top}/data.pkl" not in names:
         raise UserError(f"{path} is no checkpoint: it has no data.pkl")

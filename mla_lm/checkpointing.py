@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from mla_lm.callbacks import Metrics, log
 from mla_lm.config import TrainConfig
-from mla_lm.errors import TrainingFailed
+from mla_lm.errors import ADVICE, TrainingFailed
 from mla_lm.lightning_module import LanguageModel
 from mla_lm.plain_text import say
 from mla_lm.run import RunFolder
@@ -34,6 +34,7 @@ class Checkpoints(Callback):
         self.best: dict[str, float] = {}  # metrics of the best validation, and its step
         self.best_before: dict[str, float] = {}  # those of best.ckpt, as long as a better one is being written
         self.failed = 0  # saves, one after another
+        self.last_step = -1  # that last.ckpt was last written at
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -46,7 +47,8 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step
-        self._see_to(self.io.failures())
+        if trainer.world_size == 1:  # with several processes all learn of it where they meet
+            self._see_to(trainer, self.io.failures())
         if step == self.config.trainer.max_steps:
             trainer.should_stop = True  # makes Lightning validate once more, whatever the interval
         elif step % self.config.checkpoint.every_n_steps == 0 and step % self.config.val_every_n_steps:
@@ -58,9 +60,9 @@ class Checkpoints(Callback):
         if not math.isfinite(metrics["val/loss"]):
             raise TrainingFailed(
                 f"training diverged: the validation loss is {metrics['val/loss']} after step {step}; it is not saved.\n"
-                "  Go on from the last checkpoint with a smaller optimizer.lr in a new run."
+                f"  {ADVICE}"
             )
-        self._see_to(self.io.wait())  # what became of the best one decides whether this is better
+        self._see_to(trainer, self.io.wait())  # what became of the best one decides whether this is better
         paths = []
         if metrics["val/loss"] < self.best.get("val/loss", math.inf):
             self.best, self.best_before = {**metrics, "step": step}, self.best
@@ -71,37 +73,43 @@ class Checkpoints(Callback):
             self.save(trainer, module, paths)
 
     def on_train_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        self._see_to(self.io.wait(), last_try=True)
+        self._see_to(trainer, self.io.wait(), last_try=True)
         trainer.strategy.barrier()  # the other devices read best.ckpt next
 
     def save(self, trainer: L.Trainer, module: LanguageModel, paths: list[Path] | None = None) -> None:
         """Begin to write last.ckpt, or `paths` in their order, unless the weights are lost."""
-        self._see_to(self.io.wait())
+        self._see_to(trainer, self.io.wait())
         self._begin(trainer, module, *(paths or [self.run.last]))
 
     def save_now(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        """Write last.ckpt, and come back when it is there; where it cannot be written, say so."""
-        self._tell(self.io.wait(), "another one is tried now")
-        self._begin(trainer, module, self.run.last)
-        self._tell(self.io.wait(), "the steps since the checkpoint before are lost")
+        """See that last.ckpt is of this step, and come back when it is there; where it cannot be written, say so."""
+        failures = trainer.strategy.broadcast(self.io.wait())
+        if failures or self.last_step != trainer.global_step:
+            self._tell(failures, "another one is tried now")
+            self._begin(trainer, module, self.run.last)
+            self._tell(self.io.wait(), "the steps since the checkpoint before are lost")
+        trainer.strategy.barrier()  # a process that ends has the others ended
 
-    def _begin(self, trainer: L.Trainer, module: LanguageModel, path: Path, *others: Path) -> None:
+    def _begin(self, trainer: L.Trainer, module: LanguageModel, *paths: Path) -> None:
         module.stop_if_diverged()
         self.metrics.pause()
-        trainer.save_checkpoint(path, storage_options=others)
+        if self.run.last in paths:
+            self.last_step = trainer.global_step
+        trainer.save_checkpoint(paths[0], storage_options=paths[1:])
 
     @staticmethod
     def _tell(failures: Failures | None, then: str) -> None:
         for error in (failures or {}).values():
             say(f"warning: {error}; {then}", file=sys.stderr)
 
-    def _see_to(self, failures: Failures | None, last_try: bool = False) -> None:
-        """Take note of what became of a save.
+    def _see_to(self, trainer: L.Trainer, failures: Failures | None, last_try: bool = False) -> None:
+        """Take note of what became of a save; all processes alike, though one alone writes.
 
         Raises:
             TrainingFailed: the weights are lost.
             UserError: it could not be written, and there is no checkpoint yet, or it was not the first such failure.
         """
+        failures, saved = trainer.strategy.broadcast((failures, bool(failures and self.run.checkpoints())))
         if failures is None:
             return
         if self.run.best in failures:
@@ -111,6 +119,7 @@ class Checkpoints(Callback):
             return
         self.failed += 1
         error = next(iter(failures.values()))
-        if isinstance(error, TrainingFailed) or last_try or self.failed == MOST_FAILED or not self.run.checkpoints():
+        if isinstance(error, TrainingFailed) or last_try or self.failed == MOST_FAILED or not saved:
             raise error
-        self._tell(failures, "training goes on, and the next save is another try")
+        if trainer.is_global_zero:
+            self._tell(failures, "training goes on, and the next save is another try")

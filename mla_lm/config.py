@@ -19,6 +19,7 @@ PROFILERS = (None, "simple", "advanced")
 LOGGERS = ("wandb", "tensorboard", "none")
 ON_NONFINITE = ("stop", "skip")
 RESUME = (None, "auto")
+MOST_KEPT = 100  # versions of last.ckpt
 KV_CACHE_DTYPES = (None, "int8")
 
 
@@ -38,7 +39,7 @@ class TrainerConfig:
 @dataclass
 class CheckpointConfig:
     every_n_steps: int = 300
-    keep_last: int = 2  # last.ckpt, last-1.ckpt and so on: should one be damaged, a resume takes the one before
+    keep_last: int = 2  # last.ckpt, last-1.ckpt and so on: a resume takes the newest that is whole
 
 
 @dataclass
@@ -79,7 +80,7 @@ class TrainConfig:
     log_every_n_steps: int = 20
     kv_cache_dtype: str | None = None  # int8: the cache whose bytes are measured and logged; None: of the precision
     loss_by_position: bool = False  # before and after training, as a table and a plot in the run folder
-    on_nonfinite: str = "stop"  # stop | skip: what to do at a step whose loss or gradient is no finite number
+    on_nonfinite: str = "stop"  # stop | skip: what to do at a step whose loss or gradient is not finite
     step_timeout: int = 1800  # seconds without a step after which the run is given up; 0: never
     tags: list[str] = field(default_factory=list)
     run: RunConfig = field(default_factory=RunConfig)
@@ -159,6 +160,8 @@ class TrainConfig:
         ):
             if value not in choices:
                 raise UserError(f"{name}={value} is unknown: one of {', '.join(map(str, choices))}")
+        if self.checkpoint.keep_last > MOST_KEPT:
+            raise UserError(f"checkpoint.keep_last={self.checkpoint.keep_last} must be at most {MOST_KEPT}")
         if self.step_timeout < 0:
             raise UserError(f"step_timeout={self.step_timeout} must be at least 0")
         if self.samples.max_tokens < 0 or not self.samples.temperature >= 0:

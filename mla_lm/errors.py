@@ -1,5 +1,11 @@
 """What can end a program other than success or a bug."""
 
+# What to do about a run that diverged.
+ADVICE = (
+    "on_nonfinite=skip leaves such steps out, in a new run or with ckpt_path=RUN where it has been saved before; "
+    "a smaller optimizer.lr needs a new run."
+)
+
 
 class UserError(ValueError):
     """A user's mistake: its text says what is wrong, where, and what would be right.

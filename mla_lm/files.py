@@ -143,6 +143,8 @@ def check_private(path: Path) -> None:
     if _others_write(path):
         raise UserError(f"{path} can be written by others, so nothing in it is used: remove it, or chmod go-w {path}")
     for parent in (*path.absolute().parents, *path.resolve().parents):
+        if parent.stat().st_uid not in (os.getuid(), 0):
+            raise UserError(f"{parent} belongs to another user, so nothing in {path} is used: name another place")
         if _others_write(parent) and not parent.stat().st_mode & stat.S_ISVTX:
             raise UserError(f"{parent} can be written by others, so nothing in {path} is used: chmod go-w {parent}")
 

@@ -63,7 +63,7 @@ def take_own_gpu() -> None:
     Raises:
         UserError: there are more processes than GPUs.
     """
-    rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    rank, gpus = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))), torch.cuda.device_count()
     if rank >= gpus:
         raise UserError(f"LOCAL_RANK={rank}, but this machine has {gpus} GPUs: start one process for each")
     torch.cuda.set_device(rank)

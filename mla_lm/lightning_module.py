@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mla_lm.compiled_code import prepare_folder
 from mla_lm.config import TrainConfig
-from mla_lm.errors import TrainingFailed
+from mla_lm.errors import ADVICE, TrainingFailed
 from mla_lm.evaluate import metrics_of, totals_of
 from mla_lm.optim import build_optimizer
 from mla_lm.schedule import lr_factor
@@ -55,6 +56,7 @@ class LanguageModel(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Compile on all devices or on none: each has timed the machine for itself, and the first one's word counts."""
         if stage == "fit" and self.trainer.strategy.broadcast(self.config.compile):
+            prepare_folder()  # which this process has not done where it would not have compiled by itself
             torch.compiler.reset()  # or the compiler would give up after several jobs of a multirun
             self.net.compile()
 
@@ -110,9 +112,12 @@ class LanguageModel(L.LightningModule):
         self.skipped += 1
         what = self._words(self.global_step, self.loss.item(), self.grad_norm.item())
         if self.skipped > MOST_SKIPPED:
-            raise TrainingFailed(f"{what[0].upper()}{what[1:]}.\n  {MOST_SKIPPED} steps were skipped before it.")
+            raise TrainingFailed(
+                f"training diverged: {what}.\n  {MOST_SKIPPED} steps were skipped before it, which is the limit. "
+                "A smaller optimizer.lr needs a new run."
+            )
         if self.trainer.is_global_zero:
-            print(f"warning: skipped step {self.global_step + 1}: {what}", file=sys.stderr)
+            print(f"warning: a step is skipped: {what}", file=sys.stderr)
         if not self._scales_the_loss:  # where it does, the scaler sees it and skips the step itself
             for parameter in self.net.parameters():
                 parameter.grad = None
@@ -133,11 +138,7 @@ class LanguageModel(L.LightningModule):
         losses, norms = (torch.stack(values).tolist() for values in list(zip(*unread, strict=True))[1:])
         for (step, *_), loss, norm in zip(unread, losses, norms, strict=True):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self._scales_the_loss):
-                raise TrainingFailed(
-                    f"training diverged: {self._words(step, loss, norm)}.\n"
-                    "  Go on from the last checkpoint, with on_nonfinite=skip to leave such steps out, or with a "
-                    "smaller optimizer.lr in a new run."
-                )
+                raise TrainingFailed(f"training diverged: {self._words(step, loss, norm)}.\n  {ADVICE}")
 
     def _words(self, step: int, loss: float, norm: float) -> str:
         """What a step gave, and from what."""

@@ -53,11 +53,10 @@ class MetricsFile(Logger):
         for line in self.path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
-                step, _ = row["step"], row["seconds"]
+                if row["seconds"] >= 0 and row["step"] <= start_step and "test/loss" not in row:
+                    rows.append(row)  # without the test, which is made again at the end
             except (ValueError, TypeError, KeyError):  # cut short by a kill, or damaged
                 continue
-            if step <= start_step and "test/loss" not in row:  # the test is made again at the end
-                rows.append(row)
         return rows
 
     @property

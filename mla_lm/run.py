@@ -117,7 +117,7 @@ class RunFolder:
         if summary.get("finished"):
             for kind, names in FIGURES.items():
                 for name in names:
-                    if type(summary.get(name)) not in kind:
+                    if name not in summary or type(summary[name]) not in kind:
                         raise UserError(f"{self.summary_file} is damaged: {name} is {summary.get(name, 'missing')}")
         return summary
 

@@ -12,7 +12,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from mla_lm.checkpoint import load_checkpoint, put_in_front
-from mla_lm.errors import TrainingFailed, UserError
+from mla_lm.errors import ADVICE, TrainingFailed, UserError
 from mla_lm.files import write_atomically
 from mla_lm.run import RunFolder
 
@@ -117,7 +117,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         if name := _not_finite(state):
             failure = TrainingFailed(
                 f"{name} has a number that is not finite after step {state.get('global_step')}: nothing is saved.\n"
-                "  Go on from the last checkpoint with a smaller optimizer.lr"
+                f"  {ADVICE}"
             )
             return dict.fromkeys(paths, failure)
         failures: Failures = {}

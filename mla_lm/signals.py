@@ -2,7 +2,7 @@
 
 import os
 import signal
-import sys
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
@@ -51,6 +51,8 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
         self._listen()
         if trainer.world_size > 1:
+            # Lightning would ask all devices at each step whether one has had a SIGTERM, and wait for the answer.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
             self.group = dist.new_group(backend="gloo")  # on the CPU: a GPU goes on computing meanwhile
 
     def _receive(self, signum: int, frame: Any) -> None:
@@ -58,7 +60,12 @@ class StopOnSignal(Callback):
             os._exit(128 + signum)
         if not self.received:
             self.received = signum
-            print(f"\n{signal.Signals(signum).name}: stopping after this step", file=sys.stderr, flush=True)
+            # Not by print: a stream that this signal has interrupted takes no other call.
+            with suppress(OSError):
+                os.write(
+                    2,
+                    f"\n{signal.Signals(signum).name}: stopping after this step; Ctrl-C again ends it at once\n".encode(),
+                )
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step
@@ -74,7 +81,7 @@ class StopOnSignal(Callback):
             raise Interrupted(received)
 
     def on_test_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
-        if self.received:  # the last step is saved
+        if self.received and trainer.world_size == 1:  # the last step is saved; several processes test to the end
             raise Interrupted(self.received)
 
     def _received_anywhere(self, trainer: L.Trainer) -> int:

@@ -1,10 +1,11 @@
 """Which checkpoint a run goes on from: the newest that is whole, or the one that is named."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mla_lm.checkpoint import load_checkpoint, set_aside, steps_behind
+from mla_lm.checkpoint import load_checkpoint, put_in_front, set_aside, steps_behind
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
 from mla_lm.plain_text import say
@@ -38,12 +39,15 @@ def named_start(path: Path) -> Start:
     return Start(path, _load(path), {}, named=True)
 
 
-def newest_start(run: RunFolder) -> Start | None:
+def newest_start(run: RunFolder, max_steps: int) -> Start | None:
     """The checkpoint with the most steps of all that are whole; None where the run has none at all yet.
+
+    Without a whole best.ckpt, which is what is tested at the end, it must leave a step to do: a validation makes one.
 
     Raises:
         UserError: all are damaged, or they hold weights alone.
     """
+    has_best = bool(best_of(run))
     steps: dict[Path, int] = {}
     damaged: dict[Path, str] = {}
     for path in run.checkpoints():
@@ -55,9 +59,17 @@ def newest_start(run: RunFolder) -> Start | None:
         damaged[run.last] = f"{run.last} is missing"
     for path in sorted(steps, key=steps.__getitem__, reverse=True):  # of equal ones the last before the best
         try:
-            return Start(path, _load(path), damaged)
+            start = Start(path, _load(path), damaged)
         except UserError as error:
             damaged[path] = str(error)
+            continue
+        if has_best or start.step < max_steps or start.best.get("step") == start.step:
+            return start
+    if steps.keys() - damaged.keys():
+        raise UserError(
+            f"{run.path} has made all its {max_steps} steps, but has no whole best.ckpt: a larger trainer.max_steps "
+            "trains on, and makes one"
+        )
     if damaged:
         raise UserError(
             f"{run.path} has no checkpoint to go on from: {next(iter(damaged.values()))}\n"
@@ -70,6 +82,8 @@ def _load(path: Path) -> dict[str, Any]:
     state = load_checkpoint(path)
     for key in OF_TRAINING:
         _needed(state.get(key), key, path)
+    if not isinstance(state["callbacks"].get("Checkpoints", {}).get("best"), dict):
+        raise UserError(f"{path} is no checkpoint of training: it does not say which validation was the best")
     return state
 
 
@@ -79,7 +93,7 @@ def _needed(value: Any, key: str, path: Path) -> Any:
     return value
 
 
-def prepare_checkpoints(run: RunFolder, start: Start) -> None:
+def prepare_checkpoints(run: RunFolder, start: Start, keep_last: int) -> None:
     """Put the checkpoints of a run in order before it goes on from `start`.
 
     Nothing damaged and nothing given up is among them afterwards; it is named, and kept where nothing looks for it.
@@ -95,10 +109,15 @@ def prepare_checkpoints(run: RunFolder, start: Start) -> None:
         except UserError as error:
             _say(f"{error}, kept as {set_aside(path, 'damaged').name}")
     if start.path not in run.checkpoints():
-        _copy(start.path, run.last)
+        _copy(start.path, run.last, keep_last)
+    if run.best.exists():  # it may be older than `start`, so that nobody has read it yet
+        try:
+            load_checkpoint(run.best, mmap=True)
+        except UserError as error:
+            _say(f"{error}, kept as {set_aside(run.best, 'damaged').name}; the next validation makes another")
     # A save that failed for best.ckpt alone left it to last.ckpt.
     if start.best.get("step") == start.step and best_of(run).get("step") != start.step:
-        _copy(start.path, run.best)
+        _copy(start.path, run.best, 1)
 
 
 def _say(text: str) -> None:
@@ -113,5 +132,10 @@ def best_of(run: RunFolder) -> dict[str, float]:
         return {}
 
 
-def _copy(source: Path, target: Path) -> None:
-    write_atomically(target, lambda file: file.write(source.read_bytes()))
+def _copy(source: Path, target: Path, keep: int) -> None:
+    with open(source, "rb") as content:
+        write_atomically(
+            target,
+            lambda file: shutil.copyfileobj(content, file),
+            lambda temporary, path: put_in_front(temporary, path, keep),
+        )

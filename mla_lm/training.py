@@ -143,7 +143,7 @@ def _prepare_folder(config: TrainConfig, run: RunFolder, store: TokenStore, star
     for leftover in run.last.parent.glob(".*.ckpt.*"):  # of a process that was killed while it saved
         leftover.unlink()
     if start:
-        prepare_checkpoints(run, start)
+        prepare_checkpoints(run, start, config.checkpoint.keep_last)
         run.reopen()
 
 
@@ -169,7 +169,7 @@ def _start_step(config: TrainConfig, run: RunFolder, start: Start) -> int:
     done, wanted = start.step, config.trainer.max_steps
     if done > wanted or (done == wanted and run.is_finished):
         raise UserError(
-            f"{run.path} already has {done} steps, trainer.max_steps={wanted}: give a larger one to train on"
+            f"{run.path} already has {done} steps, trainer.max_steps={wanted}: give a larger one to train further"
         )
     return done
 

@@ -65,6 +65,15 @@ def is_signed(run: RunFolder) -> bool:
         return False
 
 
+def check_links(run: RunFolder) -> None:
+    """Raises UserError where what is written in a run of somebody else would be written elsewhere, through a link."""
+    if is_signed(run):
+        return
+    for path in (run.last.parent, *run.path.iterdir(), *run.last.parent.glob("*")):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, in a run that was not made here by you: put a copy in its place")
+
+
 def with_agreed_paths(
     config: TrainConfig, run: RunFolder, agreed: bool, how: str, own: TrainConfig | None = None
 ) -> TrainConfig:

@@ -1,6 +1,7 @@
 """Giving up a run that no longer moves, so that a scheduler can start it again."""
 
 import faulthandler
+import os
 import sys
 import threading
 import time
@@ -8,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-SECOND_THOUGHT = 30.0  # seconds after which the process ends even if no Python code can run
+SLICE = 1.0  # seconds of one wait; one that took far longer was that of a process that had been suspended
 
 
 class Watchdog(Callback):
@@ -40,7 +41,6 @@ class Watchdog(Callback):
 
     def _end(self) -> None:
         self.over.set()
-        faulthandler.cancel_dump_traceback_later()
 
     def _sign(self, *_: Any) -> None:
         self.alive = time.monotonic()
@@ -50,14 +50,15 @@ class Watchdog(Callback):
 
     def _watch(self, over: threading.Event) -> None:
         while (left := self.alive + self.timeout - time.monotonic()) > 0:
-            # by a timer that needs no Python, should a thread hold the interpreter for ever
-            faulthandler.dump_traceback_later(left + SECOND_THOUGHT, exit=True, file=sys.__stderr__)
-            if over.wait(left):
+            began = time.monotonic()
+            if over.wait(min(left, SLICE)):
                 return
-        print(
-            f"error: no step has ended for {self.timeout} s (step_timeout), so the run is given up: train.py "
-            "ckpt_path=RUN goes on from its last checkpoint. Where every thread stands:",
-            file=sys.__stderr__, flush=True,
-        )  # fmt: skip
-        faulthandler.dump_traceback_later(0.001, exit=True, file=sys.__stderr__)
-        time.sleep(SECOND_THOUGHT)
+            if (waited := time.monotonic() - began) > 5 * SLICE:
+                self.alive += waited
+        reason = f"error: no step has ended for {self.timeout} s (step_timeout), so the run is given up"
+        try:
+            print(f"{reason}. Where every thread stands:", file=sys.__stderr__, flush=True)
+            faulthandler.dump_traceback(file=sys.__stderr__)
+            print(f"{reason}: see above where every thread stood", file=sys.__stderr__, flush=True)
+        finally:
+            os._exit(1)

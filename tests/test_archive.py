@@ -227,3 +227,17 @@ def test_nothing_large_is_read_at_once(tmp_path):
     check_archive(tmp_path / "large.ckpt")
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
+
+
+def test_a_second_pickle_in_capitals(tmp_path):
+    """torch takes no notice of case, and would load that one."""
+    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "b.ckpt", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+            if name.endswith("data.pkl"):
+                archive.writestr(name.replace("data.pkl", "DATA.PKL"), content)
+    with pytest.raises(UserError, match=r"b\.ckpt"):
+        check_archive(tmp_path / "b.ckpt")

@@ -102,7 +102,7 @@ def test_the_newest_counts_be_it_the_best(command, longer, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(longer, run)
     (run / "checkpoints" / "last.ckpt").unlink()
-    assert newest_start(RunFolder(run)).path.name == "best.ckpt"
+    assert newest_start(RunFolder(run), 10).path.name == "best.ckpt"
     (run / "checkpoints" / "last-1.ckpt").unlink()
     (run / "summary.json").unlink()
     refused(command(MORE, f"hydra.run.dir={run}"), "already holds a run", f"ckpt_path={run}")
@@ -140,6 +140,41 @@ def test_a_named_one_gives_up_what_lies_after_it(command, longer, tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("how", ["missing", "flipped"])
+def test_all_steps_done_and_no_best(command, longer, tmp_path, how):
+    """A best.ckpt that only the validation of step 6 was: the steps after it are made again, and so a best one."""
+    run = tmp_path / "run"
+    shutil.copytree(longer, run)
+    folder = run / "checkpoints"
+    (run / "summary.json").unlink()
+    last = load_checkpoint(folder / "last.ckpt")
+    last["callbacks"]["Checkpoints"]["best"]["step"] = 6
+    torch.save(last, folder / "last.ckpt")
+    DAMAGE[how](folder / "best.ckpt")
+    result = succeeded(command.bare(f"ckpt_path={run}"))
+    assert "resumed     after step 8" in result.stdout
+    assert (folder / "best.ckpt.damaged-1").exists() == ("best.ckpt is damaged" in result.stderr) == (how == "flipped")
+    assert summary_of(run)["test_loss"] == summary_of(longer)["test_loss"]
+    for path in folder.iterdir():
+        if path.name != "last.ckpt":
+            path.unlink()
+    torch.save(last, folder / "last.ckpt")
+    (run / "summary.json").unlink()
+    refused(command.bare(f"ckpt_path={run}"), "no whole best.ckpt", "trainer.max_steps")
+    succeeded(command.bare(f"ckpt_path={run}", "trainer.max_steps=10"))
+
+
+def test_a_damaged_best_that_is_older_is_kept(command, run):
+    """Nobody goes on from it, and the next validation would write over it."""
+    best = run / "checkpoints" / "best.ckpt"
+    shutil.copy(run / "checkpoints" / "last.ckpt", best)
+    flip(best)
+    content = best.read_bytes()
+    result = succeeded(command.bare(f"ckpt_path={run}"))
+    assert "best.ckpt is damaged" in result.stderr
+    assert (run / "checkpoints" / "best.ckpt.damaged-1").read_bytes() == content
+
+
 def test_all_damaged(command, run):
     for path in (run / "checkpoints").iterdir():
         path.write_bytes(b"")
@@ -173,7 +208,8 @@ def test_weights_alone_are_none_to_go_on_from(command, run):
 
 def test_rows_of_a_damaged_metrics_file_are_left_out(command, run):
     rows = (run / "metrics.jsonl").read_text().splitlines()
-    damaged = [*rows[:3], "{", "null", json.dumps({"step": "x"}), *rows[3:], rows[-1][:10]]
+    strange = [json.dumps({"step": step, "seconds": 1}) for step in ([], None, "x")]
+    damaged = [*rows[:3], "{", "null", json.dumps({"step": 1}), *strange, *rows[3:], rows[-1][:10]]
     (run / "metrics.jsonl").write_text("\n".join(damaged))
     succeeded(command.bare(f"ckpt_path={run}"))
     assert [row["step"] for row in rows_of(run) if "train/loss" in row] == list(range(1, 10))

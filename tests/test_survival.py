@@ -65,6 +65,37 @@ def test_signals_of_terminals_and_schedulers(train, tmp_path, whole, signum):
     assert_same(tmp_path / "run", whole)
 
 
+def test_two_processes_save_on_a_signal_however_long_it_takes(train, tmp_path):
+    """Where one of them ended before the file is there, Lightning would kill the one that writes it."""
+    script = tmp_path / "slow.py"
+    slow = """
+        import time
+        from mla_lm import saving
+        before = saving._write_file
+        def write(*arguments):
+            time.sleep(8)
+            before(*arguments)
+        saving._write_file = write
+    """
+    script.write_text(PRELUDE.format(root=str(ROOT), prelude=textwrap.dedent(slow)))
+    options = (
+        "trainer.devices=2",
+        "trainer.max_steps=100000",
+        "val_every_n_steps=90000",
+        "checkpoint.every_n_steps=90000",
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(script), *SMALL, *train.data, *options, "hydra.run.dir=run"], text=True,
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    result = train.finish(process)
+    assert result.returncode == 143, result.stderr[-2000:]
+    steps = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
+    assert steps == summary_of(tmp_path / "run")["steps"] >= 3
+
+
 def test_a_second_interrupt_ends_at_once(train, tmp_path):
     """The network takes a minute for a step, so that the first one is not seen to."""
     slow = """
@@ -365,6 +396,6 @@ def test_too_many_steps_are_left_out(train, tmp_path, monkeypatch):
     plant(monkeypatch, "on_before_optimizer_step", range(4, 40), spoil_gradient)
     result = train(*ACCUMULATING, "on_nonfinite=skip", "hydra.run.dir=run")
     assert result.returncode == 1
-    assert result.stderr.count("warning: skipped step") == 20
+    assert result.stderr.count("warning: a step is skipped") == 20
     assert "20 steps were skipped before it" in result.stderr
     assert_finite(tmp_path / "run")

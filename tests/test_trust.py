@@ -219,3 +219,15 @@ def test_converting_does_not_make_a_foreign_run_ones_own(train, settings, tmp_pa
     assert not is_signed(RunFolder(tmp_path / "foreign"))
     refused(call(convert, tmp_path, "run", "out", *sizes[:4]), "data.files=", "--trust")
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_through_a_foreign_link(train, tmp_path):
+    """`checkpoints` of somebody else's run that is a link to those of a run of this user."""
+    succeeded(train("hydra.run.dir=mine"))
+    shutil.copytree(tmp_path / "mine", tmp_path / "theirs")
+    (tmp_path / "theirs" / "origin").unlink()
+    shutil.rmtree(tmp_path / "theirs" / "checkpoints")
+    (tmp_path / "theirs" / "checkpoints").symlink_to(tmp_path / "mine" / "checkpoints")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine" / "checkpoints").iterdir()}
+    refused(train.bare("ckpt_path=theirs", "trust=true", "trainer.max_steps=7"), "checkpoints is a link")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "mine" / "checkpoints").iterdir()}
