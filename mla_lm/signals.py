@@ -63,8 +63,7 @@ class StopOnSignal(Callback):
             # Not by print: a stream that this signal has interrupted takes no other call.
             with suppress(OSError):
                 os.write(
-                    2,
-                    f"\n{signal.Signals(signum).name}: stopping after this step; Ctrl-C again ends it at once\n".encode(),
+                    2, f"\n{signal.Signals(signum).name}: stopping after this step; Ctrl-C ends it at once\n".encode()
                 )
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
