@@ -161,7 +161,7 @@ def test_a_tokenizer_of_another_model(train, tmp_path):
 
 
 def test_empty_packed_file(train, tmp_path):
-    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "empty.jsonl.gz").write_bytes(gzip.compress(b"", mtime=0))
     refused(train("data.files=empty.jsonl.gz"), "empty.jsonl.gz", "empty")
 
 
