@@ -27,7 +27,7 @@ from mla_lm.data.tokenizer import (
     vocabulary_size,
 )
 from mla_lm.errors import UserError
-from mla_lm.files import open_own, write_atomically
+from mla_lm.files import open_own, sync_folder, write_atomically
 from mla_lm.plain_text import say
 
 SHARD_TOKENS = 2**27
@@ -57,6 +57,7 @@ def build_store(folder: Path, source: Source, config: TokenizerConfig, tokenizer
         shutil.rmtree(folder, ignore_errors=True)
         draft.chmod(stat.S_IMODE(draft.stat().st_mode) | _usual_mode())
         os.rename(draft, folder)
+        sync_folder(folder.parent)
     except UserError as error:
         if not isinstance(error.__cause__, OSError):
             shutil.rmtree(draft, ignore_errors=True)
