@@ -16,13 +16,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from mla_lm import cli, sweep, trust
 from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
 from mla_lm.errors import TrainingFailed, UserError
-from mla_lm.plain_text import say
-from mla_lm.resume import GROUPS, WHOLE, different_keys, resumed_config, started_config
-from mla_lm.run import RunFolder, find_run
-from mla_lm.start import named_start, newest_start
+from mla_lm.runs import trust
+from mla_lm.runs.folder import RunFolder, find_run
+from mla_lm.runs.resume import GROUPS, WHOLE, different_keys, resumed_config, started_config
+from mla_lm.runs.resume_point import named_start, newest_start
+from mla_lm.study import sweep
+from mla_lm.terminal import cli
+from mla_lm.terminal.plain_text import say
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
@@ -71,7 +73,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
     config.check()
     check_launch(config, multirun, goes_on)
 
-    from mla_lm.training import train  # lightning and torch.compile: not needed to refuse a mistake
+    from mla_lm.training.loop import train  # lightning and torch.compile: not needed to refuse a mistake
 
     with run.lock() if is_first_process() else nullcontext():
         if goes_on:

@@ -9,9 +9,10 @@ from hydra.core.config_store import ConfigStore
 
 from mla_lm.data.config import DataConfig
 from mla_lm.errors import UserError
-from mla_lm.optim import OptimizerConfig
-from mla_lm.schedule import ScheduleConfig
-from mla_lm.transformer import TransformerConfig
+from mla_lm.keys import flatten
+from mla_lm.model.config import TransformerConfig
+from mla_lm.optim.optimizer import OptimizerConfig
+from mla_lm.optim.schedule import ScheduleConfig
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -200,14 +201,6 @@ def is_incidental(key: str) -> bool:
     if key == "trainer.overfit_batches":
         return False
     return any(key == name or key.startswith(name + ".") for name in INCIDENTAL)
-
-
-def flatten(config: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} as {"a.b": 1}; lists stay whole."""
-    flat = {}
-    for name, value in config.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def differing(configs: list[TrainConfig]) -> list[str]:

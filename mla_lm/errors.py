@@ -10,7 +10,7 @@ ADVICE = (
 class UserError(ValueError):
     """A user's mistake: its text says what is wrong, where, and what would be right.
 
-    `mla_lm.cli` prints it in at most three lines and exits with status 2. It is a `ValueError`, so that
+    `mla_lm.terminal.cli` prints it in at most three lines and exits with status 2. It is a `ValueError`, so that
     programs which use `MLA` or `Transformer` as a library can catch it without knowing this class.
     """
 

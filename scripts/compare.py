@@ -12,13 +12,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from mla_lm import cli
-from mla_lm.config import TrainConfig, differing, flatten
+from mla_lm.config import TrainConfig, differing
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
-from mla_lm.flops import model_size
-from mla_lm.plain_text import printable
-from mla_lm.run import RunFolder, find_run
+from mla_lm.keys import flatten
+from mla_lm.model.size import model_size
+from mla_lm.runs.folder import RunFolder, find_run
+from mla_lm.terminal import cli
+from mla_lm.terminal.plain_text import printable
 
 # key of Run.figures, heading, format
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (

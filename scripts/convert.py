@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from mla_lm import cli
-from mla_lm.checkpoint import load_checkpoint
 from mla_lm.config import TrainConfig
-from mla_lm.convert import convert, converted_config
 from mla_lm.data.tokenizer import token_bytes
 from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
-from mla_lm.evaluate import metrics_of, sums_over
 from mla_lm.files import check_free
-from mla_lm.flops import model_size
 from mla_lm.hardware import DTYPES
-from mla_lm.loading import load_run
-from mla_lm.plain_text import say
-from mla_lm.run import RunFolder, find_best, find_run, write_model
-from mla_lm.transformer import Transformer
-from mla_lm.trust import is_signed, sign
+from mla_lm.inference.evaluate import metrics_of, sums_over
+from mla_lm.interop.from_mha import convert, converted_config
+from mla_lm.model.size import model_size
+from mla_lm.model.transformer import Transformer
+from mla_lm.runs.checkpoint import load_checkpoint
+from mla_lm.runs.folder import RunFolder, find_best, find_run, write_model
+from mla_lm.runs.load import load_run
+from mla_lm.runs.trust import is_signed, sign
+from mla_lm.terminal import cli
+from mla_lm.terminal.plain_text import say
 from scripts.evaluate import add_trust, tokens_of_files, tokens_of_split
 
 CALIBRATION_TOKENS = 2**16  # second moments of a few hundred dimensions have settled by then

@@ -13,23 +13,24 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from mla_lm import cli
-from mla_lm.attention.cache import CACHE_DTYPES
-from mla_lm.checkpoint import load_checkpoint
+from mla_lm.attention.kv_cache import CACHE_DTYPES
 from mla_lm.config import TrainConfig
+from mla_lm.data.corpus import SPLITS
+from mla_lm.data.file_formats import check_format, read_file
+from mla_lm.data.open_store import open_store
 from mla_lm.data.shards import Tokens
-from mla_lm.data.sources import SPLITS, find_files
-from mla_lm.data.store import open_store
-from mla_lm.data.text_files import check_format, read_file
+from mla_lm.data.text_files import find_files
 from mla_lm.data.tokenizer import encode, end_of_text_id, token_bytes
 from mla_lm.errors import UserError
-from mla_lm.evaluate import SlidingWindows, evaluate, losses, metrics_of, position_table
 from mla_lm.files import write_atomically
 from mla_lm.hardware import choose_accelerator, inference_autocast
-from mla_lm.loading import load_run
-from mla_lm.plain_text import say
-from mla_lm.run import find_best
-from mla_lm.trust import with_agreed_paths
+from mla_lm.inference.evaluate import SlidingWindows, evaluate, losses, metrics_of, position_table
+from mla_lm.runs.checkpoint import load_checkpoint
+from mla_lm.runs.folder import find_best
+from mla_lm.runs.load import load_run
+from mla_lm.runs.trust import with_agreed_paths
+from mla_lm.terminal import cli
+from mla_lm.terminal.plain_text import say
 
 
 def parse() -> argparse.Namespace:
@@ -126,7 +127,7 @@ def check_tasks(args: argparse.Namespace) -> None:
 
 
 def evaluate_in_tasks(args: argparse.Namespace, device: str) -> None:
-    from mla_lm.harness import evaluate_tasks, table, task_manager  # lm-eval is an extra, and slow to import
+    from mla_lm.inference.lm_eval import evaluate_tasks, table, task_manager  # lm-eval is an extra, and slow to import
 
     run = load_run(args.run, device)
     results = evaluate_tasks(run, args.tasks.split(","), task_manager(args.include_path), args.limit)

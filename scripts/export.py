@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from mla_lm import cli
 from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
-from mla_lm.hf.check import compare_with_transformers
-from mla_lm.hf.engines import engines_for
-from mla_lm.hf.folder import export_run
-from mla_lm.loading import load_run
-from mla_lm.plain_text import say
+from mla_lm.interop.hf.check import compare_with_transformers
+from mla_lm.interop.hf.engines import engines_for
+from mla_lm.interop.hf.folder import export_run
+from mla_lm.runs.load import load_run
+from mla_lm.terminal import cli
+from mla_lm.terminal.plain_text import say
 from scripts.evaluate import add_trust, tokens_of_split
 
 

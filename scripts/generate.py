@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from mla_lm import cli
-from mla_lm.attention.cache import CACHE_DTYPES
-from mla_lm.columns import Column, Screen
-from mla_lm.continuation import Continuation, Decoding, in_turns
+from mla_lm.attention.kv_cache import CACHE_DTYPES
 from mla_lm.errors import UserError
-from mla_lm.generate import check_sampling, generate
 from mla_lm.hardware import DTYPES, check_compiler, choose_accelerator, inference_autocast
-from mla_lm.loading import load_run
-from mla_lm.plain_text import printable, say
-from mla_lm.report import human_bytes
-from mla_lm.run import find_run
+from mla_lm.inference.generate import check_sampling, generate
+from mla_lm.inference.streaming import Continuation, Decoding, in_turns
+from mla_lm.runs.folder import find_run
+from mla_lm.runs.load import load_run
+from mla_lm.runs.report import human_bytes
+from mla_lm.terminal import cli
+from mla_lm.terminal.plain_text import printable, say
+from mla_lm.terminal.side_by_side import Column, Screen
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 BETWEEN_TEXTS = "\n\n---\n\n"

@@ -7,10 +7,10 @@ import argparse
 import shlex
 from pathlib import Path
 
-from mla_lm import cli
-from mla_lm.flops import model_size
-from mla_lm.hf.folder import import_folder
-from mla_lm.plain_text import say
+from mla_lm.interop.hf.folder import import_folder
+from mla_lm.model.size import model_size
+from mla_lm.terminal import cli
+from mla_lm.terminal.plain_text import say
 
 
 def parse() -> argparse.Namespace:

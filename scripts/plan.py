@@ -11,14 +11,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mla_lm import cli
 from mla_lm.config import TrainConfig, register_schema
 from mla_lm.data.config import SMALLEST_BPE, DataConfig
 from mla_lm.data.tokenizer import load_tokenizer, vocabulary_size
 from mla_lm.errors import UserError
-from mla_lm.flops import TrainingMemory, model_size, same_size_as, training_memory
 from mla_lm.hardware import DTYPES, choose_accelerator, choose_precision
-from mla_lm.report import human_bytes
+from mla_lm.model.memory import TrainingMemory, training_memory
+from mla_lm.model.size import model_size, same_size_as
+from mla_lm.runs.report import human_bytes
+from mla_lm.terminal import cli
 
 CONF = Path(__file__).parents[1] / "conf"
 # The attention of both: arXiv 2405.04434, section 3.1.2 and appendix B. Their feed-forward is a mixture of experts;

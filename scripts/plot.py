@@ -6,7 +6,7 @@ import math
 from statistics import mean, stdev
 
 from mla_lm.errors import UserError
-from mla_lm.run import RunFolder
+from mla_lm.runs.folder import RunFolder
 
 try:
     from matplotlib import colormaps

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import train as train_script
-from mla_lm import cli
 from mla_lm.config import TrainConfig
+from mla_lm.terminal import cli
 
 ROOT = Path(__file__).parents[1]
 # Small enough to train in seconds; fp32 on the CPU is what runs are bit-equal in.

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from mla_lm.config import CheckpointConfig, TrainConfig, TrainerConfig, differing
-from mla_lm.optim import OptimizerConfig
-from mla_lm.transformer import AttentionConfig, TransformerConfig
+from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.optim.optimizer import OptimizerConfig
 
 
 def test_differing_names_the_keys_in_the_order_of_the_fields():

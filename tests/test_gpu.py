@@ -64,7 +64,7 @@ KERNELS = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
-from mla_lm.optim import OptimizerConfig, build_optimizer
+from mla_lm.optim.optimizer import OptimizerConfig, build_optimizer
 
 class Names(TorchDispatchMode):
     def __init__(self):
@@ -100,8 +100,8 @@ for kind in ("adamw", "muon"):
 MEMORY_OF_THE_LOSS = """
 import torch
 from mla_lm import TransformerConfig
-from mla_lm.flops import training_memory
-from mla_lm.loss import linear_cross_entropy
+from mla_lm.model.memory import training_memory
+from mla_lm.model.loss import linear_cross_entropy
 
 config = TransformerConfig(1, 64, 2, 8192, 64, vocab_size=50257)  # four chunks
 x, weight = (torch.randn(*shape, 64, device="cuda", requires_grad=True) for shape in ((1, 8192), (50257,)))

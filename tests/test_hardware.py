@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from mla_lm import Transformer, TransformerConfig, UserError
 from mla_lm.config import TrainConfig
 from mla_lm.hardware import choose_products, take_own_gpu
-from mla_lm.lightning_module import LanguageModel
+from mla_lm.training.module import LanguageModel
 
 
 class FirstRankSays(SingleDeviceStrategy):

@@ -5,8 +5,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from mla_lm.config import register_schema
-from mla_lm.flops import ModelSize, model_size
-from mla_lm.transformer import TransformerConfig
+from mla_lm.model.config import TransformerConfig
+from mla_lm.model.size import ModelSize, model_size
 from tests.conftest import ROOT
 
 KINDS = ("mla", "mha", "gqa", "mqa")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_lm.attention import decode
+from mla_lm.attention import cpu_kernel
 from mla_lm.errors import UserError
 from mla_lm.files import check_private, private_folder
 from mla_lm.hardware import cpp_compiler
@@ -83,7 +83,7 @@ def kept(tmp_path_factory) -> Path:
     home, before = tmp_path_factory.mktemp("home"), os.umask(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_HOME", str(home / "torch"))
-        decode._library()
+        cpu_kernel._library()
     os.umask(before)
     return home / "torch"
 
@@ -98,7 +98,7 @@ def kernel(kept, tmp_path, monkeypatch) -> Path:
 
 @needs_compiler
 def test_the_kernel_is_kept_privately(kernel):
-    decode._library()
+    cpu_kernel._library()
     assert mode(kernel) == mode(kernel.parent) == 0o700
     assert list(kernel.parent.iterdir()) == [kernel]
 
@@ -110,7 +110,7 @@ def test_a_kernel_that_others_can_write_is_not_loaded(kernel, what):
     place = {"file": kernel, "folder": kernel.parent, "folder above": kernel.parent.parent}[what]
     place.chmod(0o777)
     with pytest.raises(UserError, match="can be written by others"):
-        decode._library()
+        cpu_kernel._library()
 
 
 @needs_compiler
@@ -119,7 +119,7 @@ def test_a_kernel_that_others_can_write_is_not_loaded(kernel, what):
 def test_a_kernel_of_another_user_is_not_loaded(kernel, what):
     os.chown(kernel if what == "file" else kernel.parent, ANOTHER_USER, -1)
     with pytest.raises(UserError, match="belongs to another user"):
-        decode._library()
+        cpu_kernel._library()
 
 
 # what torch compiles

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mla_lm.attention.fused import causal_attention
+from mla_lm.attention.sdpa import causal_attention
 
 WIDEST_HEAD = 192  # of FlashAttention with a backward pass on every GPU that has it
 

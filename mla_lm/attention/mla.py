@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mla_lm.attention import decode
-from mla_lm.attention.cache import LayerCache
+from mla_lm.attention import cpu_kernel
 from mla_lm.attention.documents import Documents, document_attention
-from mla_lm.attention.fused import causal_attention
+from mla_lm.attention.kv_cache import LayerCache
+from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
+from mla_lm.attention.sdpa import causal_attention
 from mla_lm.attention.sizes import check_positive
 from mla_lm.errors import UserError
-from mla_lm.linear import Linear
 
 
 @dataclass
@@ -176,7 +176,7 @@ class MLA(nn.Module):
         key = entries.unsqueeze(1)  # (B, 1, S, kv_compressed_dim + rope_dim)
         latents = key[..., : c.kv_compressed_dim]  # the values
         # PyTorch's kernel is fused for values as wide as the key: the rope part goes along and is dropped afterwards.
-        values = latents if decode.takes(q, key, latents) else key
+        values = latents if cpu_kernel.takes(q, key, latents) else key
         out = causal_attention(q, key, values, self.scale)[..., : c.kv_compressed_dim]  # (B, H, T, kv_compressed_dim)
         out = torch.bmm(out.transpose(0, 1).flatten(1, 2), w_uv.mT)  # (H, B * T, value_dim)
         return out.transpose(0, 1).reshape(B, T, -1)

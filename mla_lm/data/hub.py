@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mla_lm.data.config import CorpusConfig, DataConfig
+from mla_lm.data.corpus import SPLITS, Source, split_of
+from mla_lm.data.file_formats import PIECE, ROWS, column_values, import_datasets
 from mla_lm.data.hashes import content_hashes, hash_text, remembered
 from mla_lm.data.network import from_cache_only, reach_hub
-from mla_lm.data.sources import SPLITS, Source, split_of
-from mla_lm.data.text_files import PIECE, ROWS, column_values, import_datasets
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
 

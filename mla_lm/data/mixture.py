@@ -9,9 +9,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from mla_lm.data.config import CorpusConfig, DataConfig, in_part
+from mla_lm.data.corpus import SPLITS, Source
 from mla_lm.data.hashes import hash_text
-from mla_lm.data.sources import SPLITS, Source, open_source
-from mla_lm.data.store import VERSION, TokenStore, open_store, sole_writer
+from mla_lm.data.sources import open_source
+from mla_lm.data.store import VERSION, TokenStore, open_corpus_store, sole_writer
 from mla_lm.data.tokenizer import build_tokenizer, load_tokenizer
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
@@ -20,14 +21,14 @@ MOST_PASSES = 20  # over a small part for the tokenizer, which learns little fro
 
 
 def open_mixture(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
-    """The tokens of all parts that `config` names, each from a token store of its own, as `open_store` says."""
+    """The tokens of all parts that `config` names, each from a token store of its own; see `open_corpus_store`."""
     configs = [_part(config, number) for number in range(len(config.parts))]
     if tokenizer is None:
         tokenizer = _tokenizer(config, configs)
     stores = []
     for number, part in enumerate(configs):
         with in_part(number):
-            stores.append(open_store(part, tokenizer))
+            stores.append(open_corpus_store(part, tokenizer))
     return mix([part.weight for part in config.parts], stores)
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from mla_lm.data.build import build_store
-from mla_lm.data.config import MIXTURE, DataConfig, TokenizerConfig
+from mla_lm.data.config import DataConfig, TokenizerConfig
+from mla_lm.data.corpus import SPLITS, Source
 from mla_lm.data.hashes import hash_file, hash_text
 from mla_lm.data.shards import Tokens
-from mla_lm.data.sources import SPLITS, Source, open_source
+from mla_lm.data.sources import open_source
+from mla_lm.data.store_builder import build_store
 from mla_lm.data.tokenizer import build_tokenizer, load_tokenizer, tokenizer_hash, vocabulary_size
 from mla_lm.errors import UserError
 from mla_lm.files import read_text
-from mla_lm.plain_text import say
+from mla_lm.terminal.plain_text import say
 
 VERSION = "1"  # raise it when the same corpus and tokenizer config come to give other tokens
 META_BYTES = 2**26  # of meta.json: 400,000 shards
@@ -52,8 +53,8 @@ class TokenStore:
         return self.mixed or ((1.0, self),)
 
 
-def open_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
-    """The tokens of the text that `config` names: from the cache, or built now.
+def open_corpus_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
+    """The tokens of the one corpus that `config` names: from the cache, or built now.
 
     Several processes may ask at once: one builds, the others wait for it. A store that does not hold what was
     written to it is built again; an interrupted build leaves none, but a draft that the next start goes on with.
@@ -64,10 +65,6 @@ def open_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenS
     Raises:
         UserError: a mistake in the files, the tokenizer or the cache folder.
     """
-    if config.source == MIXTURE:
-        from mla_lm.data.mixture import open_mixture  # which is built on this module
-
-        return open_mixture(config, tokenizer)
     source = open_source(config)
     if tokenizer is None and config.tokenizer.kind in ("file", "hub"):
         tokenizer = build_tokenizer(config.tokenizer, [])

@@ -1,169 +1,129 @@
-"""Reads one file of a user's as documents: plain text in pieces; JSON and Parquet row by row through `datasets`."""
+"""A user's own files as a corpus: documents of any formats, or one file of characters."""
 
 import functools
 import glob
-import gzip
-import json
-import zlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
+from mla_lm.data.corpus import Source, as_dataset, split_of
+from mla_lm.data.file_formats import check_format, is_plain, read_file, read_plain
+from mla_lm.data.hashes import content_hashes, hash_text
 from mla_lm.errors import UserError
 
-BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
-LINES = (".jsonl", ".ndjson")  # a row a line
-NOT_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".pdf", ".docx", ".bin", ".npy")
-PIECE = 2**16  # characters of a plain text file read at once, up to the next line end
-ROWS = 1000  # of JSON and Parquet read at once
-# of packed JSON, of which `datasets` holds whole lines, and all of a file that has a bad one, or is an array
-MOST_PER_LINE = 2**28
-MOST_UNPACKED = 2**32  # or 100 times as much as it is packed, where that is more: text is 3 to 20 times as much
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+FEW_DOCUMENTS = 200  # from here on, a split of 5% of the documents by hash is as good as never empty
 
 
-def check_format(path: Path) -> None:
-    """Raise `UserError` when a file's name says that it cannot be read."""
-    if _suffix(path) in NOT_TEXT or path.name.endswith(".parquet.gz"):
+def text_files(files: str | list[str], column: str, memory: Path) -> Source:
+    """A user's files: plain text of any name, .jsonl, .json and .parquet; .gz of all but the last.
+
+    A plain text file is a document, and so is every row of the others (null and empty ones left out). With 200 or
+    more documents a hash of its content puts each into a split, 90/5/5: duplicates stay together, and documents added
+    later move no other. Fewer are cut by position, files in the order of their paths: the first 90% of all
+    characters, the next 5%, the rest.
+    """
+    paths = find_files(files)
+    for path in paths:
+        check_format(path)
+    hashes = content_hashes(paths, memory)
+    # read once, when documents are first asked for: not at all where tokens are cached
+    characters = functools.cache(lambda: _characters_of_few(paths, column))
+
+    def documents(split: str) -> "IterableDataset":
+        if characters() is None:
+            return as_dataset(_read_by_hash, paths=paths, hashes=hashes, column=column, split=split)
+        shares = {"train": (0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1)}[split]
+        return as_dataset(_read_by_position, paths=paths, column=column, characters=characters(), shares=shares)
+
+    return Source(
+        description=f"{len(paths)} text file{'s' * (len(paths) > 1)}: {files}",
+        fingerprint=hash_text(
+            f"text: sha256 of the document 90/5/5, by position under {FEW_DOCUMENTS}; column {column}",
+            *(f"{'text' if is_plain(path) else 'rows'} {content}" for path, content in zip(paths, hashes, strict=True)),
+        ),
+        documents=documents,
+    )
+
+
+def find_files(files: str | list[str]) -> list[Path]:
+    """Absolute paths of the files that a path or glob, or a list of them, names: each once, sorted."""
+    found = set()
+    for pattern in [files] if isinstance(files, str) else files:
+        expanded = Path(str(pattern)).expanduser()
+        matches = [expanded] if expanded.exists() else map(Path, glob.glob(str(expanded), recursive=True))
+        matches = {Path(os.path.abspath(path)) for path in matches if path.is_file()}  # links keep their names
+        if not matches and expanded.is_dir():
+            raise UserError(
+                f"data.files={pattern} is a folder: name its files, for example data.files='{pattern}/*.txt'"
+            )
+        if not matches:
+            raise UserError(f"data.files={pattern} matches no file (looked in {Path.cwd()})")
+        found |= matches
+    for path in sorted(found):
+        if path.stat().st_size == 0:
+            raise UserError(f"{path} is empty: leave it out of data.files")
+    return sorted(found)
+
+
+def _characters_of_few(paths: list[Path], column: str) -> int | None:
+    """Characters in all documents when there are few; None when there are many."""
+    documents = characters = 0
+    for path in paths:
+        for text, ends in read_file(path, column):
+            characters += len(text)
+            documents += ends
+            if documents >= FEW_DOCUMENTS:
+                return None
+    return characters
+
+
+def _read_by_hash(paths: list[Path], hashes: list[str], column: str, split: str) -> Iterator[dict]:
+    for path, content in zip(paths, hashes, strict=True):
+        if is_plain(path) and split_of(content) != split:
+            continue
+        for text, ends in read_file(path, column):
+            if is_plain(path) or split_of(text) == split:
+                yield {"text": text, "ends": ends}
+
+
+def _read_by_position(paths: list[Path], column: str, characters: int, shares: tuple[float, float]) -> Iterator[dict]:
+    return cut((piece for path in paths for piece in read_file(path, column)), characters, shares)
+
+
+def cut(pieces: Iterable[tuple[str, bool]], characters: int, shares: tuple[float, float]) -> Iterator[dict]:
+    """The part of all `characters` between two shares of them; a document ends where the part does."""
+    first, last = (int(characters * share) for share in shares)
+    position = 0
+    for text, ends in pieces:
+        part = text[max(0, first - position) : max(0, last - position)]
+        position += len(text)
+        if part:
+            yield {"text": part, "ends": ends or position >= last}
+
+
+def character_file(files: str | list[str], memory: Path) -> Source:
+    """One plain text file, the first 90% of its characters for training, as nanoGPT splits tiny Shakespeare.
+
+    There is no third part there: the test split is the validation split.
+    """
+    paths = find_files(files)
+    if len(paths) != 1 or not is_plain(paths[0]):
         raise UserError(
-            f"{path} is of an unknown format: data.files takes plain text, .jsonl, .json (also .gz) and .parquet"
+            f"data=characters takes one plain text file, not data.files={files}: choose data=text for others"
         )
+    check_format(paths[0])
+    characters = functools.cache(lambda: sum(len(text) for text, _ in read_plain(paths[0])))
 
+    def documents(split: str) -> "IterableDataset":
+        shares = (0, 0.9) if split == "train" else (0.9, 1)
+        return as_dataset(_read_by_position, paths=paths, column="", characters=characters(), shares=shares)
 
-def is_plain(path: Path) -> bool:
-    """Whether a file is one document of plain text, not rows with columns."""
-    return _suffix(path) not in BUILDERS
-
-
-def read_file(path: Path, column: str) -> Iterator[tuple[str, bool]]:
-    """Pieces of the documents in a file: (text, whether its document ends with it); texts are never empty.
-
-    Raises:
-        UserError: not UTF-8, not valid JSON or Parquet, no such column, or a column that is not text.
-    """
-    return read_plain(path) if is_plain(path) else ((text, True) for text in _read_rows(path, column))
-
-
-def read_plain(path: Path) -> Iterator[tuple[str, bool]]:
-    """Pieces of a plain text file, as `read_file`; line ends become \\n, a byte order mark is dropped."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
-            piece = _next_piece(file)
-            while piece:
-                if "\0" in piece:
-                    raise UserError(f"{path} is not text, it has zero bytes: leave it out of data.files")
-                following = _next_piece(file)
-                yield piece, not following
-                piece = following
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"{path} is not UTF-8 text (byte 0x{byte:02x}): convert it or leave it out") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _next_piece(file) -> str:
-    return file.read(PIECE) + file.readline(PIECE)
-
-
-def _read_rows(path: Path, column: str) -> Iterator[str]:
-    """Texts of `column`, null and empty ones left out."""
-    return (text for text in column_values(_read_columns(path), column, str(path)) if text)
-
-
-def column_values(
-    batches: Iterable[dict[str, list]], column: str, where: str, names: list[str] | None = None
-) -> Iterator[str]:
-    """Values of a column that must be text, null as "".
-
-    Args:
-        batches: columns of `ROWS` rows at a time, the last of fewer
-        where: what the rows are of, for the message
-        names: of all columns, where the batches have not all
-
-    Raises:
-        UserError: there is no such column, or it is not text.
-    """
-    for batch, columns in enumerate(batches):
-        names = names or list(columns)
-        if column not in columns:
-            raise UserError(f"{where} has no column {column}: set data.column to one of {', '.join(names)}")
-        for number, text in enumerate(columns[column], start=batch * ROWS + 1):
-            if text is not None and not isinstance(text, str):
-                raise UserError(
-                    f"{where}: column {column} is not text but {type(text).__name__} (row {number}): "
-                    f"set data.column to a column of text; there are {', '.join(names)}"
-                )
-            yield text or ""
-
-
-def _read_columns(path: Path) -> Iterator[dict[str, list]]:
-    """Columns of `ROWS` rows at a time, which is four times as fast as row by row."""
-    datasets = import_datasets()
-    from pyarrow import ArrowException
-
-    builder = BUILDERS[_suffix(path)]
-    try:
-        if path.suffix == ".gz":
-            _check_unpacked(path)
-        rows = datasets.load_dataset(builder, data_files=glob.escape(str(path)), split="train", streaming=True)
-        yield from rows.iter(batch_size=ROWS)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except UserError:
-        raise
-    except (ArrowException, ValueError, TypeError) as error:
-        where = _first_bad_line(path) if _suffix(path) in LINES else f"{error}".splitlines()[0]
-        raise UserError(f"{path} is not valid {'JSON' if builder == 'json' else 'Parquet'}: {where}") from error
-
-
-@functools.cache  # once, however often it is read
-def _check_unpacked(path: Path) -> None:
-    """Raises UserError where a packed file is made to fill all memory. Plain text, read in pieces, fills none."""
-    unpacked = line = 0
-    most_unpacked = max(MOST_UNPACKED, 100 * path.stat().st_size)
-    most_per_line = MOST_PER_LINE if _suffix(path) in LINES else MOST_UNPACKED
-    with gzip.open(path) as file:
-        while piece := file.read(2**20):
-            unpacked += len(piece)
-            line = len(piece) - 1 - piece.rfind(b"\n") + (0 if b"\n" in piece else line)
-            if line > most_per_line:
-                raise UserError(f"{path} has a line of more than {most_per_line:,} bytes: leave it out of data.files")
-            if unpacked > most_unpacked:
-                raise UserError(f"{path} unpacks to more than {most_unpacked:,} bytes: leave it out of data.files")
-    if not unpacked:
-        raise UserError(f"{path} is empty: leave it out of data.files")
-
-
-def import_datasets() -> ModuleType:
-    """The `datasets` library, imported only where text is read: it takes a second.
-
-    Raises:
-        UserError: its cache folder, which it insists on even where it stores nothing, cannot be made.
-    """
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised here in better words
-    try:
-        Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"datasets cannot make its cache folder ({error}): set HF_HOME to one it can write") from error
-    return datasets
-
-
-def _first_bad_line(path: Path) -> str:
-    """Where a .jsonl file stops being one: the reader counts rows from the start of some block."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    _ = line.isspace() or json.loads(line).keys()
-                except (ValueError, AttributeError):
-                    return f"line {number} is not one JSON object in UTF-8"
-    except (OSError, EOFError, zlib.error) as error:
-        return str(error)
-    return "its rows do not have the same columns and types"
-
-
-def _suffix(path: Path) -> str:
-    """The extension that names the format: .jsonl of a.jsonl.gz."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    return Source(
+        description=f"characters of {paths[0]}",
+        fingerprint=hash_text("characters: by position 90/10", *content_hashes(paths, memory)),
+        documents=documents,
+    )

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Sampler
 
 from mla_lm.data.shards import Tokens
 from mla_lm.errors import UserError
-from mla_lm.loss import IGNORE
+from mla_lm.model.loss import IGNORE
 
 BLOCK = 1000  # consecutive windows of a run in which every part of the data has exactly its share
 

@@ -8,8 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
-from mla_lm import cli
 from mla_lm.files import write_atomically
+from mla_lm.terminal import cli
 from scripts.bench import checkpoint, crossover, decode, loader, shakespeare, start, train
 from scripts.bench.measure import setup
 from scripts.compare import markdown

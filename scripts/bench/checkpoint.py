@@ -13,9 +13,9 @@ import torch
 from mla_lm.config import TrainConfig
 from mla_lm.files import write_atomically
 from mla_lm.hardware import choose_precision, inference_autocast, synchronize
-from mla_lm.optim import build_optimizer
-from mla_lm.saving import BackgroundCheckpointIO
-from mla_lm.transformer import Transformer
+from mla_lm.model.transformer import Transformer
+from mla_lm.optim.optimizer import build_optimizer
+from mla_lm.training.background_save import BackgroundCheckpointIO
 from scripts.bench import measure
 from scripts.plan import composed
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_lm.generate import generate
 from mla_lm.hardware import check_compiler
-from mla_lm.transformer import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.inference.generate import generate
+from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.model.transformer import Transformer
 from scripts.bench import measure, peers
 
 DESCRIPTION = """Tokens per second of greedy decoding over a filled cache.

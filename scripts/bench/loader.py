@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mla_lm.data.config import DataConfig, TokenizerConfig
-from mla_lm.data.datamodule import TextDataModule
+from mla_lm.data.open_store import open_store
 from mla_lm.data.sources import open_source
-from mla_lm.data.store import open_store
 from mla_lm.data.tokenizer import encode_batch, vocabulary_size
+from mla_lm.training.datamodule import TextDataModule
 from scripts.bench import measure
 from scripts.bench.train import OurTraining, add_work, our_config, settle, tokens_of
 

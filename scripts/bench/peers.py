@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mla_lm.errors import UserError
 from mla_lm.hardware import inference_autocast
-from mla_lm.hf.config import to_json
-from mla_lm.hf.weights import to_transformers
-from mla_lm.transformer import Transformer
+from mla_lm.interop.hf.config import to_json
+from mla_lm.interop.hf.weights import to_transformers
+from mla_lm.model.transformer import Transformer
 from scripts.bench.measure import seconds_of
 
 NANOGPT_FILES = ("model.py", "train.py", "configurator.py")
@@ -49,7 +49,7 @@ def nanogpt(folder: Path, **config: int) -> nn.Module:
 
 
 def nanogpt_flops_per_token(model: nn.Module) -> float:
-    """Of a training step, counted as `mla_lm.flops` does."""
+    """Of a training step, counted as `mla_lm.model.size` does."""
     config = model.config
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     keys_seen = (config.block_size + 1) / 2

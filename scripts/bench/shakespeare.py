@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from mla_lm import cli
 from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
-from mla_lm.run import RunFolder
+from mla_lm.runs.folder import RunFolder
+from mla_lm.terminal import cli
 from scripts.bench import measure, peers
 
 DESCRIPTION = """Time from the start of the process to the loss that nanoGPT ends with, over nanoGPT's whole time.

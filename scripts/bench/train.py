@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mla_lm.config import TrainerConfig
-from mla_lm.flops import model_size
 from mla_lm.hardware import choose_compile, choose_precision, matmul_flops_per_second, synchronize
-from mla_lm.lightning_module import LanguageModel
-from mla_lm.transformer import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.model.size import model_size
+from mla_lm.model.transformer import Transformer
+from mla_lm.training.module import LanguageModel
 from scripts.bench import measure, peers
 from scripts.plan import composed
 

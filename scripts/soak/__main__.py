@@ -16,9 +16,9 @@ from pathlib import Path
 from random import Random, SystemRandom
 from types import ModuleType
 
-from mla_lm import cli
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
+from mla_lm.terminal import cli
 from scripts.bench.measure import setup
 from scripts.compare import markdown
 from scripts.soak import damage, disk, fuzz, hostile, killing, leaks, nonfinite, signals

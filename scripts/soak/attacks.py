@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mla_lm.checkpoint import load_checkpoint
+from mla_lm.runs.checkpoint import load_checkpoint
 
 CANARY = "canary"
 SECRET_NAME = "SOAK_SECRET"  # of the environment variable

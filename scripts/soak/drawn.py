@@ -6,8 +6,8 @@ import json
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from mla_lm.cli import key_names
 from mla_lm.config import TrainConfig
+from mla_lm.terminal.cli import key_names
 
 # Keys whose values may start processes, ask the network, or rightly take long; and those that set where a trial writes.
 LEFT_OUT = (

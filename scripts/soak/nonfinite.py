@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 
-from mla_lm.lightning_module import LanguageModel
+from mla_lm.training.module import LanguageModel
 from scripts.soak.programs import Broken, Program, before
 from scripts.soak.runs import STEPS, VALIDATE_EVERY, check_same, checkpoints_of, go_on, new_run, reference
 from scripts.soak.trials import Row, failures, held, run_trials

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import mla_lm.training  # noqa: F401  train.py imports it late
+import mla_lm.training.loop  # noqa: F401  train.py imports it late
 import train
-from mla_lm import cli
 from mla_lm.config import TrainConfig
-from mla_lm.lightning_module import LanguageModel
-from mla_lm.loading import load_run
+from mla_lm.runs.load import load_run
+from mla_lm.terminal import cli
+from mla_lm.training.module import LanguageModel
 from scripts import compare, convert, evaluate, export, generate, import_hf
 
 PROGRAMS: dict[str, Callable[[], NoReturn]] = {

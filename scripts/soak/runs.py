@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mla_lm.checkpoint import load_checkpoint
-from mla_lm.run import RunFolder
+from mla_lm.runs.checkpoint import load_checkpoint
+from mla_lm.runs.folder import RunFolder
 from scripts.soak.programs import Broken, Program
 
 STEPS, VALIDATE_EVERY, SAVE_EVERY = 32, 6, 4

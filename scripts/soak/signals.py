@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from mla_lm.run import RunFolder
+from mla_lm.runs.folder import RunFolder
 from scripts.soak.programs import Broken, Program, before, until
 from scripts.soak.runs import STEPS, check_same, checkpoints_of, go_on, new_run, reference, steps_done
 from scripts.soak.trials import Row, failures, held, run_trials

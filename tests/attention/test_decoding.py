@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig
-from mla_lm.attention.cache import dequantize, quantize
+from mla_lm.attention.kv_cache import dequantize, quantize
 
 few = settings(max_examples=25, deadline=None)
 

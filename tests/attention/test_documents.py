@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
 from mla_lm.attention import documents
 from mla_lm.attention.documents import Documents
-from mla_lm.attention.fused import causal_attention
-from tests.attention.test_fused import BACKWARD, FORWARD, AttentionOps
+from mla_lm.attention.sdpa import causal_attention
+from tests.attention.test_sdpa import BACKWARD, FORWARD, AttentionOps
 
 END = 7  # which begins a document
 KINDS = {

@@ -5,8 +5,9 @@ import shutil
 import pytest
 
 from mla_lm.data.config import DataConfig, SplitsConfig, TokenizerConfig
-from mla_lm.data.sources import SPLITS, open_source, split_of
-from mla_lm.data.store import open_store
+from mla_lm.data.corpus import SPLITS, split_of
+from mla_lm.data.open_store import open_store
+from mla_lm.data.sources import open_source
 from mla_lm.errors import UserError
 from tests.conftest import SMALL, refused, succeeded, summary_of
 from tests.data.conftest import STORIES, rows_of, run, write_rows
@@ -145,7 +146,7 @@ def test_the_store_is_opened_again_without_datasets_or_network(folder):
     code = f"""
         import sys
         from mla_lm.data.config import DataConfig, TokenizerConfig
-        from mla_lm.data.store import open_store
+        from mla_lm.data.open_store import open_store
         config = DataConfig(source="hub", path={str(folder)!r}, cache_dir={config.cache_dir!r},
                             tokenizer=TokenizerConfig(kind="bytes"))
         print(open_store(config).fingerprint, "datasets" in sys.modules, "huggingface_hub" in sys.modules)

@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 
 from mla_lm.config import TrainConfig, config_hash, make_paths_absolute
 from mla_lm.data.config import DataConfig, PartConfig, SplitsConfig, TokenizerConfig
-from mla_lm.data.datamodule import TextDataModule
+from mla_lm.data.corpus import SPLITS
 from mla_lm.data.mixture import MOST_PASSES, in_proportion
-from mla_lm.data.sources import SPLITS, open_source
-from mla_lm.data.store import open_store
+from mla_lm.data.open_store import open_store
+from mla_lm.data.sources import open_source
 from mla_lm.data.tokenizer import decode, encode
 from mla_lm.data.windows import Order
 from mla_lm.errors import UserError
-from mla_lm.report import data_lines
+from mla_lm.runs.report import data_lines
+from mla_lm.training.datamodule import TextDataModule
 from tests.conftest import SMALL, refused, succeeded
 from tests.data.conftest import STORIES
-from tests.test_resume import ACCUMULATING, assert_same, wait_for_step
+from tests.runs.test_resume import ACCUMULATING, assert_same, wait_for_step
 
 WAVES = "".join(f"The {i}th wave broke on the shore.\n" for i in range(900))
 GULLS = "".join(f"{i} gulls cried naïvely, ☃" + "!" * (i % 5) + "\n" for i in range(200))

@@ -14,7 +14,7 @@ import pytest
 
 from mla_lm.data.config import TokenizerConfig
 from mla_lm.data.network import reach_hub
-from mla_lm.data.store import open_store
+from mla_lm.data.open_store import open_store
 from mla_lm.data.tokenizer import build_tokenizer, tokenizer_hash
 from tests.data.conftest import STORIES, rows_of, run, write_rows
 from tests.data.hub_server import COMMIT, serve

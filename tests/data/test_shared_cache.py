@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mla_lm.data.build import build_store
 from mla_lm.data.config import DataConfig, TokenizerConfig
-from mla_lm.data.sources import Source
-from mla_lm.data.store import TokenStore, open_store, sole_writer
+from mla_lm.data.corpus import Source
+from mla_lm.data.open_store import open_store
+from mla_lm.data.store import TokenStore, sole_writer
+from mla_lm.data.store_builder import build_store
 from mla_lm.errors import UserError
-from tests.data.test_build import BYTES, ROWS, files_of, source_of, stopping
+from tests.data.test_store_builder import BYTES, ROWS, files_of, source_of, stopping
 
 ANOTHER_USER = 12345
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_lm.data import sources
 from mla_lm.data.config import DataConfig
+from mla_lm.data.corpus import SPLITS, split_of
 from mla_lm.data.hashes import content_hashes
-from mla_lm.data.sources import SPLITS, character_file, find_files, open_source, python_stdlib, split_of, text_files
+from mla_lm.data.python_stdlib import python_stdlib
+from mla_lm.data.sources import open_source
+from mla_lm.data.text_files import character_file, cut, find_files, text_files
 from mla_lm.errors import UserError
 
 
@@ -140,7 +142,7 @@ def test_parts_by_position_are_the_text(texts, shares):
     total = sum(map(len, texts))
     parts = []
     for start, stop in itertools.pairwise(shares):
-        rows = list(sources.cut([(text, True) for text in texts], total, (start, stop)))
+        rows = list(cut([(text, True) for text in texts], total, (start, stop)))
         assert not rows or rows[-1]["ends"]
         parts += [row["text"] for row in rows]
         assert len("".join(parts)) == int(total * stop)

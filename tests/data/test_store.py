@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from mla_lm.data import build
-from mla_lm.data.build import build_store
+from mla_lm.data import store_builder
 from mla_lm.data.config import DataConfig, TokenizerConfig
+from mla_lm.data.corpus import SPLITS
 from mla_lm.data.hashes import hash_file
+from mla_lm.data.open_store import open_store
+from mla_lm.data.python_stdlib import python_stdlib
 from mla_lm.data.shards import ShardWriter, Tokens
-from mla_lm.data.sources import SPLITS, open_source, python_stdlib
-from mla_lm.data.store import open_store
+from mla_lm.data.sources import open_source
+from mla_lm.data.store_builder import build_store
 from mla_lm.data.tokenizer import build_tokenizer, decode, encode, load_tokenizer, tokenizer_hash
 from mla_lm.errors import UserError
 
@@ -122,7 +124,7 @@ def test_a_second_start_reads_no_text_and_does_not_import_datasets(config):
     code = """
         import sys, time
         from mla_lm.data.config import DataConfig, TokenizerConfig
-        from mla_lm.data.store import open_store
+        from mla_lm.data.open_store import open_store
         start = time.perf_counter()
         store = open_store(DataConfig(cache_dir=sys.argv[1], tokenizer=TokenizerConfig(kind="bytes")))
         print(store.fingerprint, "datasets" in sys.modules, time.perf_counter() - start < 1)
@@ -229,7 +231,7 @@ def test_processes_that_start_together_build_once(config):
     code = """
         import sys
         from mla_lm.data.config import DataConfig, TokenizerConfig
-        from mla_lm.data.store import open_store
+        from mla_lm.data.open_store import open_store
         tokenizer = TokenizerConfig(vocab_size=400)
         store = open_store(DataConfig(source="text", files=sys.argv[1], cache_dir=sys.argv[2], tokenizer=tokenizer))
         print("tokens", store.fingerprint, store.tokens("train")[:].astype(int).sum())
@@ -302,8 +304,8 @@ def test_slices_across_shards(tmp_path_factory, batches, shard_tokens, start, le
 def test_batches_are_bounded(config, monkeypatch):
     whole = open_store(config)
     config.cache_dir += "2"
-    monkeypatch.setattr(build, "BATCH_CHARACTERS", 1)
-    monkeypatch.setattr(build, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(store_builder, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(store_builder, "SHARD_TOKENS", 1000)
     parts = open_store(config)
     assert contents(parts) == contents(whole)
     assert len(list(folder_of(parts).glob("train-*.bin"))) > 5

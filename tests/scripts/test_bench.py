@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from mla_lm import cli
 from mla_lm.data.config import DataConfig, TokenizerConfig
-from mla_lm.data.store import open_store
+from mla_lm.data.open_store import open_store
 from mla_lm.errors import UserError
-from mla_lm.flops import model_size
-from mla_lm.run import RunFolder
+from mla_lm.model.size import model_size
+from mla_lm.runs.folder import RunFolder
+from mla_lm.terminal import cli
 from scripts.bench import __main__ as program
 from scripts.bench import measure, peers, shakespeare
 from scripts.bench import train as bench_train

@@ -5,8 +5,8 @@ import json
 
 import torch
 
-from mla_lm import cli
-from mla_lm.checkpoint import load_checkpoint
+from mla_lm.runs.checkpoint import load_checkpoint
+from mla_lm.terminal import cli
 from scripts.bench import __main__ as bench
 from scripts.bench.checkpoint import Training
 from scripts.plan import composed

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mla_lm import MLA, cli
+from mla_lm import MLA
+from mla_lm.terminal import cli
 from scripts.bench import __main__ as bench
 from scripts.bench import crossover, decode
 from tests.conftest import call_main, succeeded

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mla_lm import AttentionConfig, Transformer, cli
-from mla_lm.attention import decode as kernel
-from mla_lm.flops import model_size
-from mla_lm.generate import generate
+from mla_lm import AttentionConfig, Transformer
+from mla_lm.attention import cpu_kernel
+from mla_lm.inference.generate import generate
+from mla_lm.model.size import model_size
+from mla_lm.terminal import cli
 from scripts.bench import __main__ as bench
 from scripts.bench import decode, measure
 from tests.conftest import call_main, refused, succeeded
@@ -57,12 +58,12 @@ def test_compiled_it_makes_the_same_tokens(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(decode, "generate", watched)
     counters.clear()
-    kernel._functions.cache_clear()
+    cpu_kernel._functions.cache_clear()
     sizes = ("--context", "5", "--batch", "1", "--precision", "fp32", "--repeats", "1")
     succeeded(call(tmp_path, *sizes, "--compile", "--json", "out.json"))
     assert asked == {("mla", True), ("mha", True)}
     assert counters["stats"]["unique_graphs"] >= 2
-    assert kernel._functions.cache_info().currsize == 1  # MLA's step has called it
+    assert cpu_kernel._functions.cache_info().currsize == 1  # MLA's step has called it
     assert json.loads((tmp_path / "out.json").read_text())["rows"][0]["same tokens"]
 
 

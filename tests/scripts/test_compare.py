@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from mla_lm import cli
 from mla_lm.config import TrainConfig, TrainerConfig
-from mla_lm.flops import model_size
-from mla_lm.optim import OptimizerConfig
-from mla_lm.run import RunFolder
-from mla_lm.transformer import AttentionConfig, TransformerConfig
+from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.model.size import model_size
+from mla_lm.optim.optimizer import OptimizerConfig
+from mla_lm.runs.folder import RunFolder
+from mla_lm.terminal import cli
 from scripts import compare, plot
 from scripts.compare import Run, named_rows
 from tests.conftest import SMALL, Result, TrainCommand, call_main, refused, rows_of, succeeded, summary_of

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mla_lm import cli, load_run
+from mla_lm import load_run
+from mla_lm.terminal import cli
 from scripts import convert, evaluate, generate
 from tests.conftest import Result, TrainCommand, call_main, refused, succeeded, summary_of
 

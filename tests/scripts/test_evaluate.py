@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mla_lm import cli, load_run
+from mla_lm import load_run
 from mla_lm.data.tokenizer import encode
+from mla_lm.terminal import cli
 from scripts import evaluate
 from tests.conftest import Result, TrainCommand, call_main, refused, succeeded, summary_of
 

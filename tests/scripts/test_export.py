@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mla_lm import AttentionConfig, cli, load_run
-from mla_lm.hf.check import compare_with_transformers
-from mla_lm.hf.folder import export_run
+from mla_lm import AttentionConfig, load_run
+from mla_lm.interop.hf.check import compare_with_transformers
+from mla_lm.interop.hf.folder import export_run
+from mla_lm.terminal import cli
 from scripts import evaluate, export
 from tests.conftest import Result, call_main, refused, succeeded, summary_of
-from tests.hf.models import make_run, tensors
+from tests.interop.hf.models import make_run, tensors
 
 MLA = AttentionConfig(kv_compressed_dim=16, rope_dim=4)
 

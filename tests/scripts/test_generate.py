@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import mla_lm
-from mla_lm import cli
-from mla_lm.columns import column_width
 from mla_lm.data.tokenizer import decode, encode
-from mla_lm.report import human_bytes
+from mla_lm.runs.report import human_bytes
+from mla_lm.terminal import cli
+from mla_lm.terminal.side_by_side import column_width
 from scripts import generate
 from tests.conftest import ROOT, Result, TrainCommand, call_main, refused, succeeded, summary_of
 

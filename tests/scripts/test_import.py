@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mla_lm import cli, load_run
+from mla_lm import load_run
 from mla_lm.data.tokenizer import load_tokenizer
+from mla_lm.terminal import cli
 from scripts import evaluate, export, generate, import_hf
 from tests.conftest import Result, call_main, refused, succeeded, summary_of
-from tests.hf.models import TOKENIZER, make_folder, tensors
-from tests.hf.test_hf_import import DEEPSEEK, LLAMA
+from tests.interop.hf.models import TOKENIZER, make_folder, tensors
+from tests.interop.hf.test_import import DEEPSEEK, LLAMA
 
 
 def call(folder, *arguments: str, program=import_hf) -> Result:

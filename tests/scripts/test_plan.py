@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mla_lm import AttentionConfig, Transformer, TransformerConfig, cli
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
 from mla_lm.config import TrainConfig
-from mla_lm.flops import TrainingMemory, model_size, training_memory
-from mla_lm.optim import OptimizerConfig, build_optimizer
-from mla_lm.report import human_bytes
+from mla_lm.model.memory import TrainingMemory, training_memory
+from mla_lm.model.size import model_size
+from mla_lm.optim.optimizer import OptimizerConfig, build_optimizer
+from mla_lm.runs.report import human_bytes
+from mla_lm.terminal import cli
 from scripts import plan
 from tests.conftest import ROOT, Result, call_main, refused, succeeded
 

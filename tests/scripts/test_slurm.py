@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, SMALL, rows_of, summary_of
-from tests.test_resume import ACCUMULATING, wait_for_step
+from tests.runs.test_resume import ACCUMULATING, wait_for_step
 
 # What Slurm sets for a task; Lightning reads it, and would save and requeue by itself.
 TASK = {

@@ -1,0 +1,102 @@
+"""Multi-head, grouped-query (arXiv 2305.13245) and multi-query (arXiv 1911.02150) attention: the baselines."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mla_lm.attention.documents import Documents, document_attention
+from mla_lm.attention.kv_cache import LayerCache
+from mla_lm.attention.linear import Linear
+from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
+from mla_lm.attention.sizes import check_positive
+from mla_lm.errors import UserError
+
+
+@dataclass
+class MHAConfig:
+    """Sizes of one layer. `num_kv_heads`: num_heads (None) is MHA, 1 is MQA, a divisor between is GQA.
+
+    Raises:
+        UserError (a ValueError): sizes that cannot be.
+    """
+
+    d_model: int
+    num_heads: int
+    seq_len: int  # longest sequence, in tokens
+    num_kv_heads: int | None = None
+    dropout: float = 0.0  # of the layer's output; the weights of attention are never dropped
+    use_bias: bool = False
+    rope_base: float = 10000.0
+    yarn: YarnConfig = field(default_factory=YarnConfig)
+
+    def __post_init__(self):
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        check_positive(self, "d_model", "num_heads", "seq_len", "num_kv_heads", "rope_base")
+        self.yarn.check()
+        if self.d_model % self.num_heads:
+            raise UserError(f"d_model={self.d_model} is not divisible by num_heads={self.num_heads}")
+        if self.d_model // self.num_heads % 2:
+            raise UserError(f"a head of d_model / num_heads = {self.d_model // self.num_heads} must be even for RoPE")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
+
+
+class MHA(nn.Module):
+    """Causal self-attention that caches the keys and values of `num_kv_heads` heads."""
+
+    def __init__(self, config: MHAConfig):
+        super().__init__()
+        self.config = c = config
+        self.head_dim = c.d_model // c.num_heads
+        self.scale = self.head_dim**-0.5 * c.yarn.score_scale
+        kv_dim = c.num_kv_heads * self.head_dim
+        self.q_proj = Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.k_proj = Linear(c.d_model, kv_dim, bias=c.use_bias)
+        self.v_proj = Linear(c.d_model, kv_dim, bias=c.use_bias)
+        self.out_proj = Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.rope = RotaryEmbedding(self.head_dim, c.seq_len, c.rope_base, c.yarn)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
+        """Attend causally over x, or over the cache and x, which is appended to it.
+
+        Args:
+            x: (B, T, d_model)
+            cache: what `new_cache` made
+            documents: without a cache, attend within each of these only
+
+        Returns:
+            (B, T, d_model)
+
+        Raises:
+            ValueError: more tokens than `seq_len`, or than the cache has room for.
+        """
+        B, T, _ = x.shape
+        cos, sin = self.rope(0 if cache is None else cache.length, T)
+        if documents is not None:
+            cos, sin = cos[documents.positions], sin[documents.positions]
+        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(k, v, dtype=q.dtype)
+        out = document_attention(q, k, v, self.scale, documents)
+        return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> LayerCache:
+        """An empty cache for `max_len` tokens, or one that grows up to seq_len; see `LayerCache`.
+
+        dtype and device are the weights' unless given; in int8 a token's key and value have a scale each in every head.
+        """
+        weight, limit = self.k_proj.weight, max_len or self.config.seq_len
+        shape = (self.config.num_kv_heads, (self.head_dim,))
+        dtype, device = dtype or weight.dtype, device or weight.device
+        return LayerCache(batch_size, limit, [shape, shape], dtype, device, grows=max_len is None)

@@ -1,0 +1,139 @@
+"""Loss, perplexity and bits per byte of a model on windows of tokens."""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from mla_lm.data.shards import Tokens
+from mla_lm.model.loss import IGNORE, linear_cross_entropy
+from mla_lm.model.transformer import Transformer
+
+
+def sums_by_position(
+    net: Transformer, batch: Tensor, token_bytes: Tensor, first: int = 0, cache_dtype: torch.dtype | None = None
+) -> Tensor:
+    """What a batch adds to an evaluation, by the target's position in the window.
+
+    Args:
+        batch: (B, T + 1) ids: inputs are all but the last, targets all but the first; -100 does not count
+        token_bytes: (vocab_size,) UTF-8 bytes that each token stands for, 0 for special tokens
+        first: position from which on targets are predicted; those before serve as context only
+        cache_dtype: where given, attention reads each window back from a cache of this dtype, as decoding does
+
+    Returns:
+        (3, T - first), fp64 on the CPU: nats, predicted tokens, UTF-8 bytes of their text
+    """
+    targets = batch[:, 1 + first :]
+    cache = None if cache_dtype is None else net.new_cache(len(batch), batch.size(1) - 1, cache_dtype)
+    # never compiled, which for other shapes and without gradients would cost more than it gains
+    x = net.hidden_states(batch[:, :-1].clamp(min=0), cache)[:, first:]
+    losses = linear_cross_entropy(x, net.head.weight, targets, reduction="none")
+    text_bytes = torch.where(targets == IGNORE, 0, token_bytes[targets.clamp(min=0)])
+    sums = (losses.sum(0), (targets != IGNORE).sum(0), text_bytes.sum(0))  # over windows: fp32 holds these well
+    return torch.stack([s.cpu().double() for s in sums])
+
+
+def totals_of(net: Transformer, batch: Tensor, token_bytes: Tensor) -> Tensor:
+    """`sums_by_position` over all positions, (3,)."""
+    return sums_by_position(net, batch, token_bytes).sum(-1)
+
+
+def metrics_of(totals: Tensor) -> dict[str, float]:
+    """loss (nats per token), perplexity and bits_per_byte of the sum of `totals_of` over all batches."""
+    nats, tokens, text_bytes = totals.tolist()
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # a float ends at exp(709)
+        "bits_per_byte": nats / math.log(2) / text_bytes,
+    }
+
+
+class SlidingWindows(Dataset):
+    """Windows that start every `stride` tokens, up to the one that reaches the last token.
+
+    With the first predicting all of its targets and each other its last `stride`, every token but the first of all
+    is predicted once. The last window is filled with -100 beyond the end, as in `EvaluationWindows`, which these are
+    where `stride` is `seq_len`. Items are int64 (seq_len + 1,).
+
+    Args:
+        tokens: `Tokens` or an array of ids, (count,)
+        stride: 1 to seq_len
+    """
+
+    def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, stride: int):
+        self.tokens, self.seq_len, self.stride = tokens, seq_len, stride
+
+    def __len__(self) -> int:
+        beyond_the_first = max(0, len(self.tokens) - 1 - self.seq_len)
+        return 1 + -(-beyond_the_first // self.stride)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = index * self.stride
+        window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))
+        return torch.nn.functional.pad(window, (0, self.seq_len + 1 - len(window)), value=IGNORE)
+
+
+def sums_over(
+    net: Transformer,
+    windows: Dataset,
+    token_bytes: Tensor,
+    batch_size: int,
+    first: int = 0,
+    cache_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`sums_by_position` over all windows, (3, T - first)."""
+    sums = 0.0
+    with torch.no_grad():
+        for batch in tqdm(DataLoader(windows, batch_size), desc="evaluating", disable=None):  # None: on no terminal
+            sums += sums_by_position(net, batch.to(token_bytes.device), token_bytes, first, cache_dtype)
+    return sums
+
+
+def evaluate(
+    net: Transformer,
+    windows: SlidingWindows,
+    token_bytes: Tensor,
+    batch_size: int,
+    cache_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`sums_over` all windows, (3, seq_len), each target counted once."""
+    context = windows.seq_len - windows.stride  # that every window but the first has before what it predicts
+    sums = sums_over(net, Subset(windows, [0]), token_bytes, batch_size, 0, cache_dtype)
+    if len(windows) > 1:
+        others = Subset(windows, range(1, len(windows)))
+        sums[:, context:] += sums_over(net, others, token_bytes, batch_size, context, cache_dtype)
+    return sums
+
+
+def position_table(columns: dict[str, Tensor]) -> str:
+    """Mean loss over positions 0, 1, 2 to 3, 4 to 7 and so on, as text.
+
+    Args:
+        columns: by their headings, sums of `sums_by_position`, (3, T) each
+    """
+    first = next(iter(columns.values()))
+    rows = [["position", "tokens", *columns]]
+    for start, end in ranges(first.shape[1]):
+        counts = [sums[:2, start:end].sum(-1).tolist() for sums in columns.values()]
+        if all(tokens for _, tokens in counts):
+            name = f"{start}" if end == start + 1 else f"{start}-{end - 1}"
+            rows.append([name, f"{int(counts[0][1]):,}", *(f"{nats / tokens:.4f}" for nats, tokens in counts)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def ranges(length: int) -> list[tuple[int, int]]:
+    """[0, 1), [1, 2), [2, 4), [4, 8) and so on up to `length`."""
+    edges = [0, *(2**power for power in range(length.bit_length()) if 2**power < length), length]
+    return list(itertools.pairwise(edges))
+
+
+def losses(sums: Tensor) -> list[float | None]:
+    """Mean loss at each position; None where there was nothing to predict."""
+    return [nats / tokens if tokens else None for nats, tokens in sums[:2].T.tolist()]

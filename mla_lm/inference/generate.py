@@ -1,0 +1,172 @@
+"""Sampling continuations through the cache."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mla_lm.attention.kv_cache import ModelCache
+from mla_lm.errors import UserError
+from mla_lm.model.transformer import Transformer
+
+NOTHING = -1  # in place of an id, where a row has none
+PREFILL = 1024  # tokens of a prompt that are read at once: what they take in memory does not grow with the prompt
+LOWEST_TEMPERATURE = 1e-6  # below, fp32 cannot tell sampling from taking the likeliest
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: Tensor | Sequence[Tensor],
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    cache: ModelCache | None = None,
+    compiled: bool = False,
+) -> Iterator[Tensor]:
+    """Yield (B,) next ids, one position at a time, until `max_tokens` or the model's seq_len.
+
+    Prompts of different lengths share a batch, all from position 0. The shortest decides how much is read at once;
+    from there on each row takes its next id from its own prompt while there is one and what was sampled after that.
+    So no row is padded or masked, and each attends to what it would attend to alone.
+
+    Args:
+        model: in evaluation mode
+        prompts: (B, T) ids, or B tensors of (T_i,); each T at least 1
+        max_tokens: of each row; fewer come where seq_len ends first, none where the prompt fills it
+        temperature: 0 takes the likeliest token
+        top_k, top_p, min_p, repetition_penalty: see `token_weights` and `penalize`; all off by default
+        generator: on the model's device, for all rows; the global one unless given
+        dtype: of the cache, the weights' unless given; see `LayerCache`
+        cache: one that holds the first tokens of every prompt, which are not read again, and takes the others; a new
+            one, of `dtype`, unless given
+        compiled: the steps of one token run compiled, which takes up to a minute at the first of them
+
+    Yields:
+        (B,) ids; NOTHING (-1) for a row whose prompt still goes on, or that has had its max_tokens
+
+    Raises (at the first id that is asked for):
+        UserError (a ValueError): a prompt is longer than the model's seq_len, the cache holds the whole of one, or
+            `check_sampling` refuses an option.
+        ValueError: the cache has no room; raised by the step that needs it.
+    """
+    check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    prompts, seq_len = list(prompts), model.config.seq_len
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if longest > seq_len:
+        raise UserError(f"a prompt of {longest} tokens is longer than the model's seq_len={seq_len}")
+    end = min(longest + max_tokens, seq_len)
+    given = _side_by_side(prompts, end)
+    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=given.device)
+    seen.scatter_(1, torch.where(given == NOTHING, given[:, :1], given), True)  # the first stands for what is not there
+    cache = cache or model.new_cache(len(prompts), end, dtype)
+    if cache.length >= shortest:
+        raise UserError(f"the cache holds {cache.length} tokens, and a prompt has {shortest}: nothing is left to read")
+    tokens = given[:, cache.length : shortest]
+
+    def read(tokens: Tensor) -> Tensor:
+        """(B, V) fp32 logits of what follows the tokens: of a whole prompt, only the last position needs them."""
+        return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
+
+    step = torch.compile(read, dynamic=True) if compiled else read
+    for position in range(shortest, end):
+        for chunk in tokens.split(PREFILL, dim=1):
+            logits = (step if chunk.size(1) == 1 else read)(chunk)
+        logits = penalize(logits, seen, repetition_penalty)
+        picked = pick(logits, temperature, top_k, top_p, min_p, generator)
+        next_ids = torch.where(given[:, position] == NOTHING, picked, given[:, position])
+        tokens = next_ids.unsqueeze(1)
+        seen.scatter_(1, tokens, True)
+        yield next_ids.where((position >= lengths) & (position < lengths + max_tokens), NOTHING)
+
+
+def _side_by_side(prompts: list[Tensor], end: int) -> Tensor:
+    """(B, end) ids, each row beginning with its prompt, NOTHING after it."""
+    given = pad_sequence(prompts, batch_first=True, padding_value=NOTHING)
+    return F.pad(given, (0, end - given.size(1)), value=NOTHING)
+
+
+def check_sampling(
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> None:
+    """Raises UserError (a ValueError) for an option that cannot be, naming it."""
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature={temperature} must be a number from 0 on")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k={top_k} must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p} must be above 0 and at most 1")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise UserError(f"min_p={min_p} must be at least 0 and at most 1")
+    if not 0 < repetition_penalty < math.inf:
+        raise UserError(f"repetition_penalty={repetition_penalty} must be a number above 0; 1 is none")
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the ids that a row has had, in its prompt or since, less likely (CTRL, arXiv 1909.05858, section 4.1).
+
+    Args:
+        logits: (B, V)
+        seen: (B, V), true for those ids
+        penalty: divides a positive logit and multiplies a negative one, so that both fall; 1 changes nothing
+    """
+    if penalty == 1:
+        return logits
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def pick(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """(B, V) logits to (B,) ids."""
+    if temperature < LOWEST_TEMPERATURE:
+        return logits.argmax(-1)
+    weights = token_weights(logits, temperature, top_k, top_p, min_p)
+    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+
+
+def token_weights(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Tensor:
+    """What ids are drawn in proportion to: their probabilities, with 0 for those left out; each limit cuts further.
+
+    Args:
+        logits: (B, V)
+        temperature: above 0; divides the logits
+        top_k: keep this many likeliest
+        top_p: keep the fewest likeliest that together have this share of what is left (arXiv 1904.09751)
+        min_p: keep those at least this many times as likely as the likeliest (arXiv 2407.01082)
+
+    Returns:
+        (B, V)
+    """
+    weights = (logits / temperature).softmax(-1)
+    if top_k is not None:
+        kth = weights.topk(min(top_k, weights.size(-1))).values[:, -1:]
+        weights = weights.where(weights >= kth, 0)
+    if top_p is not None:
+        ordered, order = weights.sort(descending=True)
+        likelier = ordered.cumsum(-1) - ordered  # the share of all before it
+        kept = ordered.where(likelier < top_p * ordered.sum(-1, keepdim=True), 0)
+        weights = torch.zeros_like(weights).scatter_(1, order, kept)
+    if min_p is not None:
+        weights = weights.where(weights >= min_p * weights.amax(-1, keepdim=True), 0)
+    return weights

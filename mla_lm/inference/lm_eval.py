@@ -1,0 +1,315 @@
+"""A run under EleutherAI's lm-evaluation-harness, batched and through the KV cache.
+
+Its numbers are those that the harness's own HFLM gives for the exported run (`scripts.export`): prompts begin with the
+end-of-text token, and what is too long for the model is cut as there.
+"""
+
+import difflib
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from mla_lm.attention.kv_cache import ModelCache
+from mla_lm.config import TrainConfig
+from mla_lm.data.network import from_cache_only, reach_hub
+from mla_lm.data.tokenizer import encode, end_of_text_id
+from mla_lm.errors import UserError
+from mla_lm.hardware import DTYPES, inference_autocast
+from mla_lm.inference.generate import NOTHING, generate
+from mla_lm.inference.streaming import Continuation
+from mla_lm.model.transformer import Transformer
+
+try:
+    import lm_eval
+    from lm_eval import evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+except ImportError as error:
+    raise UserError(f"--tasks needs lm-eval ({error}):\n  pip install -r requirements-eval.txt") from error
+
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # generation_kwargs that `generate` takes as they are
+POSITIONS = 1024  # whose logits exist at once
+Answer = tuple[float, bool]  # log-probability of a continuation, and whether each of its tokens is the likeliest
+
+
+class Scored(NamedTuple):
+    """A request of which the last `count` ids are predicted, each from those before it."""
+
+    number: int
+    ids: list[int]
+    count: int
+
+
+class Group(NamedTuple):
+    """Requests whose ids all follow on `shared`."""
+
+    shared: tuple[int, ...]
+    members: list[Scored]
+
+    @property
+    def width(self) -> int:
+        return len(self.shared) + max(len(member.ids) for member in self.members)
+
+
+class RunLM(TemplateLM):
+    """A run as the harness asks it.
+
+    Args:
+        run: what `load_run` gives
+    """
+
+    def __init__(self, run: tuple[Transformer, Tokenizer, TrainConfig]):
+        super().__init__()
+        self.model, self.tokenizer, config = run
+        self.precision, self.max_length = config.trainer.precision, config.model.seq_len
+        self.batch_size = max(1, config.micro_batch_tokens // self.max_length)
+        self.end = end_of_text_id(self.tokenizer, config.data.tokenizer.end_of_text)
+        self.cut = 0  # requests whose context was too long for the model
+        self._device = self.model.head.weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.end
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text, after the end-of-text token unless `add_special_tokens` is False."""
+        ids = encode(self.tokenizer, string)
+        return ids if add_special_tokens is False else [self.end, *ids]
+
+    # log-probabilities
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        """Of each (context, continuation); an empty continuation is certain."""
+        return self._loglikelihood_tokens([(r.args, *self._encode_pair(*r.args)) for r in requests])
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of the context, and those that the continuation adds to it."""
+        alone = self.tok_encode(continuation, add_special_tokens=False)
+        if not context:
+            return [self.end], alone
+        context_ids, ids = super()._encode_pair(context, continuation)
+        # It may merge with the context's last token and add none, which HFLM would score as certain.
+        return context_ids, ids or alone
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Of each text, in windows of seq_len tokens.
+
+        HFLM puts an end-of-text token before the one that its tokenizer puts before a text, and so predicts one more
+        token for each text; so that numbers compare, this does too. `scripts.evaluate --files` predicts text alone.
+        """
+        texts = [
+            [
+                make_disjoint_window(window)
+                for window in get_rolling_token_windows(self.tok_encode(text), self.end, self.max_length, context_len=1)
+            ]
+            for (text,) in (request.args for request in requests)
+        ]
+        answers = iter(self._loglikelihood_tokens([(None, *window) for windows in texts for window in windows]))
+        return [sum(next(answers)[0] for _ in windows) for windows in texts]
+
+    @torch.no_grad()
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Answer]:
+        """Of each (anything, ids of the context, ids of the continuation); a context too long is cut from the left."""
+        answers = [(0.0, True)] * len(requests)
+        scored = []
+        for number, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise UserError(f"a continuation has {len(continuation)} tokens, the model reads {self.max_length}")
+            if continuation:
+                ids = context + continuation  # the last is predicted, not read
+                self.cut += len(ids) > self.max_length + 1
+                scored.append(Scored(number, ids[-self.max_length - 1 :], len(continuation)))
+        with tqdm(total=len(scored), desc="reading", disable=None) as bar:  # None: where stderr is no terminal
+            for batch in in_batches(by_context(scored), self.batch_size * self.max_length):
+                for number, answer in self._score(batch):
+                    answers[number] = answer
+                    bar.update()
+        return answers
+
+    def _score(self, batch: list[Group]) -> Iterator[tuple[int, Answer]]:
+        """The answer to each request of a batch, beside its number."""
+        members = [member for group in batch for member in group.members]
+        rows = [torch.tensor(member.ids, device=self.device) for member in members]
+        counts = [member.count for member in members]
+        # Filled up on the right, as no position sees those after it.
+        inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
+        with inference_autocast(self.device.type, self.precision):
+            cache = self._read_contexts(batch, inputs.size(1)) if batch[0].shared else None
+            x = self.model.hidden_states(inputs, cache)
+            predicting = [
+                hidden[len(row) - 1 - count : len(row) - 1] for hidden, row, count in zip(x, rows, counts, strict=True)
+            ]
+            targets = torch.cat([row[-count:] for row, count in zip(rows, counts, strict=True)])
+            logprobs, likeliest = self._predictions(torch.cat(predicting), targets)
+        for member, logprob, likely in zip(members, logprobs.split(counts), likeliest.split(counts), strict=True):
+            yield member.number, (logprob.sum().item(), bool(likely.all()))
+
+    def _read_contexts(self, batch: list[Group], room: int) -> ModelCache:
+        """A cache with a row for each request, which holds its context; each context is read once."""
+        contexts = torch.tensor([group.shared for group in batch], device=self.device)
+        cache = self.model.new_cache(len(batch), contexts.size(1) + room, DTYPES[self.precision])
+        self.model.hidden_states(contexts, cache)
+        rows = torch.tensor([i for i, group in enumerate(batch) for _ in group.members], device=self.device)
+        for layer in cache.layers:
+            layer.tensors = [tensor[rows] for tensor in layer.tensors]
+        return cache
+
+    def _predictions(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (N,) of targets (N,) after hidden states (N, d_model); whether they are the likeliest."""
+        logprobs, likeliest = [], []
+        for part, target in zip(x.split(POSITIONS), targets.split(POSITIONS), strict=True):
+            logits = self.model.head(part).float()
+            logprobs.append(logits.log_softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1))
+            likeliest.append(logits.argmax(-1) == target)
+        return torch.cat(logprobs).cpu().double(), torch.cat(likeliest).cpu()
+
+    # generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What follows each (context, generation_kwargs), up to the first of its stop strings."""
+        prompts = [(self.tok_encode(context), options) for context, options in (r.args for r in requests)]
+        # Prompts of about one length share a batch, as `generate` reads at once no more than the shortest has.
+        order = Collator(prompts, sort_fn=lambda p: -len(p[0]), group_by="gen_kwargs", group_fn=lambda p: p[1])
+        texts = []
+        with tqdm(total=len(prompts), desc="generating", disable=None) as bar:
+            for batch in order.get_batched(n=self.batch_size):
+                texts += self._continue([ids for ids, _ in batch], batch[0][1])
+                bar.update(len(batch))
+        return order.get_original(texts)
+
+    def _continue(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
+        options = dict(normalize_gen_kwargs(options))
+        until, max_tokens = [stop for stop in options.pop("until") if stop], options.pop("max_gen_toks")
+        do_sample, temperature = options.pop("do_sample"), options.pop("temperature", 0.0)
+        if unknown := sorted(set(options) - set(SAMPLING)):
+            raise UserError(f"generation_kwargs of a task has {', '.join(unknown)}: it may have {', '.join(SAMPLING)}")
+        room = self.max_length - max_tokens  # for the prompt
+        if room < 1:
+            raise UserError(f"a task has max_gen_toks={max_tokens}, the model reads {self.max_length} tokens")
+        self.cut += sum(len(ids) > room for ids in prompts)
+        prompts = [ids[-room:] for ids in prompts]
+        texts = [Continuation(self.tokenizer, ids, self.end, max_tokens, until) for ids in prompts]
+        begun = [torch.tensor(ids, device=self.device) for ids in prompts]
+        with inference_autocast(self.device.type, self.precision):
+            temperature = temperature if do_sample else 0
+            for step in generate(self.model, begun, max_tokens, temperature, **options, dtype=DTYPES[self.precision]):
+                for text, token in zip(texts, step.tolist(), strict=True):
+                    if token != NOTHING and not text.done:
+                        text.add(token)
+                if all(text.done for text in texts):
+                    break
+        new = [self.tokenizer.decode(text.ids[len(ids) :]) for ids, text in zip(prompts, texts, strict=True)]
+        return [postprocess_generated_text(text, until, None) for text in new]
+
+
+def by_context(requests: Iterable[Scored]) -> list[Group]:
+    """Requests that share all but the last token of their context together, the others each alone."""
+    alike = defaultdict(list)
+    for request in requests:
+        alike[tuple(request.ids[: -request.count - 1])].append(request)
+    groups = []
+    for shared, members in alike.items():
+        if shared and len(members) > 1:  # the last token of the context is read again, to predict from it
+            groups.append(Group(shared, [Scored(n, ids[len(shared) :], count) for n, ids, count in members]))
+        else:
+            groups += [Group((), [member]) for member in members]
+    return groups
+
+
+def in_batches(groups: list[Group], most: int) -> Iterator[list[Group]]:
+    """Groups that share equally many ids, with at most this many ids in all where one group has no more."""
+    batch, rows = [], 0
+    for group in sorted(groups, key=lambda group: (len(group.shared), group.width), reverse=True):
+        rows += len(group.members)
+        if batch and (len(group.shared) != len(batch[0].shared) or rows * batch[0].width > most):
+            yield batch
+            batch, rows = [], len(group.members)
+        batch.append(group)
+    if batch:
+        yield batch
+
+
+def task_manager(include_path: str | None) -> TaskManager:
+    """The harness's own tasks, and those of the YAML files below `include_path`.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"--include-path {include_path} is no folder: give one with YAML files of tasks")
+    return TaskManager(include_path=include_path)
+
+
+def evaluate_tasks(
+    run: tuple[Transformer, Tokenizer, TrainConfig], names: list[str], manager: TaskManager, limit: int | None = None
+) -> dict[str, Any]:
+    """What `lm_eval.evaluate` gives for a run, set up as `lm_eval.simple_evaluate` does it.
+
+    With `cut_requests` beside, how many had a context too long for the model, which was cut from the left; and
+    `lm_eval_version`.
+
+    Args:
+        run: what `load_run` gives
+        names: of tasks, groups and tags; * and ? in one stand for any characters and any character
+        limit: documents of each task at most
+
+    Raises:
+        UserError: a task is unknown, cannot be loaded, or asks for what the model cannot do.
+    """
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle as they are loaded
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    tasks = load_tasks(names, manager)
+    for name, task in tasks["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UserError(f"the task {name} runs code that a model writes, or shows it images: neither is done here")
+        task.set_config(key="num_fewshot", value=task.get_config("num_fewshot") or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    model = RunLM(run)
+    results = evaluate(model, tasks, limit=limit, log_samples=False)
+    return {**results, "cut_requests": model.cut, "lm_eval_version": lm_eval.__version__}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The harness's table of what `evaluate_tasks` gives."""
+    text = "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)
+    if cut := results["cut_requests"]:
+        text += f"\n{cut} requests had a context too long for the model: it was cut from the left"
+    return text
+
+
+def load_tasks(names: list[str], manager: TaskManager) -> TaskDict:
+    """The tasks with their data; what is not cached is downloaded."""
+    found: dict[str, None] = {}  # each once, in order
+    for name in names:
+        matches = manager.match_tasks([name])
+        if not matches:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            nearest = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown task {name}{nearest}\n  lm-eval ls tasks [--include_path DIR] lists them all")
+        found |= dict.fromkeys(matches)
+    reached = reach_hub()()
+    try:
+        with from_cache_only(not reached):
+            return manager.load(list(found))
+    except Exception as error:  # of the task's own code and several libraries
+        from huggingface_hub.constants import ENDPOINT
+
+        lines = f"{error}".strip().splitlines() or [type(error).__name__]
+        offline = f"\n  {ENDPOINT} cannot be reached, so only data that are cached can be read"
+        offline = offline if not reached and isinstance(error, OSError) else ""
+        raise UserError(f"{', '.join(names)} cannot be loaded: {lines[0]}{offline}") from error

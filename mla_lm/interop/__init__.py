@@ -1,0 +1,1 @@
+"""Models of other formats, and of other kinds of attention, to and from ours."""

@@ -1,0 +1,240 @@
+"""MLA from a trained MHA, GQA or MQA model, in the line of TransMLA (arXiv 2502.07864) and MHA2MLA (arXiv 2502.14837).
+
+At one frequency, the rotated pairs of all key heads are a vector of complex numbers that RoPE turns as a whole, and a
+unitary mix of them commutes with the turning. So the keys' principal components take the place of heads: the few that
+matter stay rotated, in the one key that MLA's heads share; the rest loses its rotation, which the slow frequencies
+hardly had, and goes with the values into the latent, whose directions are those of largest variance on real text.
+With enough room nothing is lost: all pairs rotated, and a latent as wide as the values.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mla_lm.attention import MHA
+from mla_lm.errors import UserError
+from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.model.transformer import Transformer
+
+RIDGE = 1e-6  # share of the mean variance that every direction is granted, so that none is weightless
+
+
+@torch.no_grad()
+def convert(
+    model: Transformer, windows: Tensor, kv_compressed_dim: int, rope_dim: int, plain_rope: bool = False
+) -> Transformer:
+    """A model of MLA that does what `model` does, as nearly as the two sizes allow.
+
+    Args:
+        model: MHA, GQA or MQA, in evaluation mode
+        windows: (N, T) ids of text such as it was trained on; a few tens of thousands of tokens in all
+        plain_rope: keep the pairs whose frequencies RoPE of rope_dim has anyway, so that the model can be exported, and
+            not those that matter most
+
+    Raises:
+        UserError: `model` is MLA already, or the sizes are more than it has to give.
+    """
+    config = converted_config(model.config, kv_compressed_dim, rope_dim, plain_rope)
+    layers = [
+        _Layer.of(block.attention, moments)
+        for block, moments in zip(model.blocks, _moments(model, windows), strict=True)
+    ]
+    frequencies = _frequencies(model.config)
+    if plain_rope:
+        pairs = [(i, 0) for i in range(0, len(frequencies), 2 * len(frequencies) // rope_dim)]
+    else:
+        pairs = _choose_pairs(layers, config)
+        config.attention.rope_frequencies = [frequencies[pair].item() for pair, _ in pairs]
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".attention." not in name}
+    for i, layer in enumerate(layers):
+        state |= {
+            f"blocks.{i}.attention.{name}": t.float() for name, t in layer.as_mla(pairs, kv_compressed_dim).items()
+        }
+    converted = Transformer(config).eval()
+    converted.load_state_dict(state)
+    return converted
+
+
+def converted_config(
+    config: TransformerConfig, kv_compressed_dim: int, rope_dim: int, plain_rope: bool = False
+) -> TransformerConfig:
+    """Of the MLA model that `convert` makes, but for the frequencies that it chooses; errors as there."""
+    if config.attention_kind == "mla":
+        raise UserError("the model is MLA already: give an MHA, GQA or MQA run")
+    layer = config.layer_config()
+    if layer.yarn.factor != 1:
+        raise UserError(f"yarn.factor={layer.yarn.factor}: convert the run from before its context was extended")
+    head_dim = config.d_model // config.num_heads
+    keys = layer.num_kv_heads * head_dim
+    if rope_dim % 2 or not 2 <= rope_dim <= keys:
+        raise UserError(f"rope_dim={rope_dim} must be even, and at most the {keys} dimensions of all keys")
+    if plain_rope and head_dim % rope_dim:
+        raise UserError(
+            f"rope_dim={rope_dim}: plain RoPE keeps every n-th of a head's pairs, so it must divide {head_dim}"
+        )
+    widest = min(2 * keys, config.d_model + config.use_bias)
+    if not 1 <= kv_compressed_dim <= widest:
+        raise UserError(
+            f"kv_compressed_dim={kv_compressed_dim} must be at least 1, and at most {widest}: more holds nothing"
+        )
+    attention = AttentionConfig(
+        kv_compressed_dim=kv_compressed_dim,
+        rope_dim=rope_dim,
+        nope_dim=head_dim,
+        value_dim=head_dim,
+        rope_base=layer.rope_base,
+        latent_norm=False,
+    )
+    return replace(config, attention=attention)
+
+
+def _moments(model: Transformer, windows: Tensor) -> list[Tensor]:
+    """Second moments of what each layer's attention reads, and a one for the biases: (d_model + 1, d_model + 1)."""
+    size = model.config.d_model + 1
+    sums = [torch.zeros(size, size, dtype=torch.float64) for _ in model.blocks]
+
+    def adding_to(total: Tensor):
+        def hook(_module, _inputs, x: Tensor) -> None:
+            rows = torch.nn.functional.pad(x.double().flatten(0, 1), (0, 1), value=1.0)
+            total.add_(rows.T @ rows)
+
+        return hook
+
+    hooks = [
+        block.attention_norm.register_forward_hook(adding_to(total))
+        for block, total in zip(model.blocks, sums, strict=True)
+    ]
+    for part in windows.split(8):
+        model.hidden_states(part)
+    for hook in hooks:
+        hook.remove()
+    return [total / windows.numel() for total in sums]
+
+
+def _frequencies(config: TransformerConfig) -> Tensor:
+    """Angles per position of the rotated pairs of a head, (D/2,)."""
+    head_dim = config.d_model // config.num_heads
+    return config.attention.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def _choose_pairs(layers: list["_Layer"], config: TransformerConfig) -> list[tuple[int, int]]:
+    """The (frequency, component) that stay rotated: those whose rotation, left out, would change the scores most.
+
+    Without it, a score's part q conj(k) e^(i d w) at distance d becomes q conj(k): off by |1 - e^(i d w)|^2 of its
+    energy. A distance counts as often as it occurs in a window.
+    """
+    T = config.seq_len
+    distance = torch.arange(T, dtype=torch.float64)
+    turns = 2 - 2 * torch.cos(torch.outer(_frequencies(config), distance))  # (D/2, T)
+    turn = turns @ (T - distance) / (T - distance).sum()
+    loss = sum(layer.energies for layer in layers) * turn.unsqueeze(1)  # (D/2, G)
+    order = loss.flatten().argsort(descending=True)[: config.attention.rope_dim // 2]
+    return sorted(divmod(int(i), loss.size(1)) for i in order)
+
+
+@dataclass
+class _Layer:
+    """One layer's projections in fp64, the bias as a last column, and the components of its keys.
+
+    G key heads of D dimensions; complex tensors hold the pair (i, i + D/2) as one number.
+    """
+
+    q: Tensor  # (H, D, d_model + 1)
+    k: Tensor  # (G, D, d_model + 1)
+    v: Tensor  # (G, D, d_model + 1)
+    out: Tensor  # (d_model, H, D)
+    out_bias: Tensor | None
+    moments: Tensor  # (d_model + 1, d_model + 1)
+    energies: Tensor  # (D/2, G): variance of each component in the scores, descending over the components
+    components: Tensor  # (D/2, G, d_model + 1) complex: they from the input
+    mix: Tensor  # (D/2, G, G) complex: the key heads from them
+
+    @classmethod
+    def of(cls, mha: MHA, moments: Tensor) -> "_Layer":
+        heads, kv_heads = mha.config.num_heads, mha.config.num_kv_heads
+        q, k, v = (
+            _affine(proj).unflatten(0, (n, -1))
+            for proj, n in ((mha.q_proj, heads), (mha.k_proj, kv_heads), (mha.v_proj, kv_heads))
+        )
+        queries, keys = _paired(q), _paired(k).transpose(0, 1)  # (H, D/2, d_model + 1), (D/2, G, d_model + 1)
+        energy = torch.einsum("hpi,ij,hpj->hp", queries, moments.cdouble(), queries.conj()).real  # of queries
+        weight = energy.unflatten(0, (kv_heads, -1)).sum(1).T  # (D/2, G)
+        weight = (weight + RIDGE * weight.mean()).sqrt()
+        scaled = weight.unsqueeze(-1) * keys
+        variances, vectors = torch.linalg.eigh(scaled @ moments.cdouble() @ scaled.mH)
+        variances, vectors = variances.flip(-1), vectors.flip(-1)
+        return cls(
+            q, k, v,
+            out=mha.out_proj.weight.double().unflatten(1, (heads, -1)),
+            out_bias=mha.out_proj.bias,
+            moments=moments,
+            energies=variances,
+            components=vectors.mH @ scaled,
+            mix=vectors / weight.unsqueeze(-1),
+        )  # fmt: skip
+
+    def as_mla(self, pairs: list[tuple[int, int]], kv_compressed_dim: int) -> dict[str, Tensor]:
+        """The state of an `MLA` whose shared key holds these (frequency, component), and the latent what is left."""
+        (heads, D, _), kv_heads = self.q.shape, len(self.k)
+        frequency, component = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        rotated = self.components[frequency, component]  # (P, d_model + 1)
+        share = self.mix[frequency, :, component]  # (P, G): of each rotated component in the key heads
+        share_of_head = share.T.repeat_interleave(heads // kv_heads, 0)  # (H, P)
+        q_rope = _paired(self.q)[:, frequency] * share_of_head.conj().unsqueeze(-1)
+        left = _paired(self.k).transpose(0, 1).clone()  # (D/2, G, d_model + 1)
+        left.index_add_(0, frequency, -share.unsqueeze(-1) * rotated.unsqueeze(1))
+        down, up = self._factor(_unpaired(left.transpose(0, 1)), kv_compressed_dim)
+
+        # MLA's scores are scaled by the whole width of a head, MHA's by D.
+        scale = math.sqrt((D + 2 * len(pairs)) / D)
+        k_up, v_up = up.unflatten(0, (2, kv_heads, D)).repeat_interleave(heads // kv_heads, 1)  # (H, D, r) each
+        state = _split("q_proj", scale * torch.cat((self.q, _unpaired(q_rope)), 1).flatten(0, 1), self.out_bias)
+        state |= _split("kv_down", torch.cat((down, _unpaired(rotated))), self.out_bias)
+        state |= {"kv_up.weight": torch.cat((k_up, v_up), 1).flatten(0, 1), "out_proj.weight": self.out.flatten(1)}
+        return state | ({} if self.out_bias is None else {"out_proj.bias": self.out_bias})
+
+    def _factor(self, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Keys (G, D, d_model + 1) and the values as one product up @ down of the given rank, best on the data.
+
+        An error in a key counts as it changes scores, in a value as it changes the output; what keys and values lose
+        is weighed against all that there was of each.
+        """
+        kv_heads = len(keys)
+        of_queries = (self.q @ self.moments @ self.q.mT).unflatten(0, (kv_heads, -1)).sum(1)  # (G, D, D)
+        of_output = torch.einsum("mhd,mhe->hde", self.out, self.out).unflatten(0, (kv_heads, -1)).sum(1)
+        weights, back = [], []
+        for metric, whole in ((of_queries, self.k), (of_output, self.v)):
+            values, vectors = torch.linalg.eigh(metric)
+            root = (values.clamp(min=0) + RIDGE * values.mean()).sqrt()
+            total = torch.einsum("gde,gei,ij,gdj->", metric, whole, self.moments, whole).sqrt()
+            weights += [*(vectors * (root / total).unsqueeze(1) @ vectors.mT)]
+            back += [*(vectors * (total / root).unsqueeze(1) @ vectors.mT)]
+        joint = torch.cat((keys, self.v)).flatten(0, 1)  # (2 G D, d_model + 1)
+        weighted = torch.block_diag(*weights) @ joint
+        variances, vectors = torch.linalg.eigh(weighted @ self.moments @ weighted.T)
+        variances, vectors = variances[-rank:], vectors[:, -rank:]
+        size = variances.clamp(min=1e-12 * variances[-1]).sqrt()  # so that every direction of the latent has variance 1
+        return (vectors / size).T @ weighted, torch.block_diag(*back) @ (vectors * size)
+
+
+def _affine(proj: torch.nn.Linear) -> Tensor:
+    """(out, in + 1) in fp64: the weight, and the bias as a last column."""
+    bias = proj.weight.new_zeros(len(proj.weight)) if proj.bias is None else proj.bias
+    return torch.cat((proj.weight, bias.unsqueeze(1)), 1).double()
+
+
+def _split(name: str, affine: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """State of the linear layer that `affine` stands for; `bias`: whether this model has any."""
+    return {f"{name}.weight": affine[:, :-1]} | ({} if bias is None else {f"{name}.bias": affine[:, -1]})
+
+
+def _paired(heads: Tensor) -> Tensor:
+    """(..., D, n) to complex (..., D/2, n)."""
+    return torch.complex(*heads.chunk(2, dim=-2))
+
+
+def _unpaired(pairs: Tensor) -> Tensor:
+    """Complex (..., D/2, n) to (..., D, n)."""
+    return torch.cat((pairs.real, pairs.imag), dim=-2)

@@ -1,0 +1,155 @@
+"""config.json of transformers from our configuration, and ours from it."""
+
+from typing import Any
+
+from mla_lm.attention import MLAConfig
+from mla_lm.errors import UserError
+from mla_lm.interop.hf.rope import rope_from_json, rope_to_json
+from mla_lm.model.config import AttentionConfig, TransformerConfig
+
+
+def to_json(config: TransformerConfig, end_of_text: int, dtype: str) -> dict[str, Any]:
+    """config.json for DeepseekV3ForCausalLM where `config` is MLA, else for LlamaForCausalLM.
+
+    Args:
+        end_of_text: id of the token that begins and ends a document
+        dtype: of the weights: float32 or bfloat16
+
+    Raises:
+        UserError: MLA with biases, or as scripts.convert makes it: DeepseekV3 cannot be that.
+    """
+    layer = config.layer_config()
+    shared = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.ff_hidden,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.seq_len,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,  # latent norms have 1e-6 in transformers too, whatever this says
+        "attention_bias": config.use_bias,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+        **rope_to_json(config),
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the name before transformers 5
+    }
+    if isinstance(layer, MLAConfig):
+        names = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+        return {**names, **shared, **_deepseek_fields(layer, config)}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **shared,
+        "num_key_value_heads": layer.num_kv_heads,
+        "head_dim": config.d_model // config.num_heads,
+        "mlp_bias": config.use_bias,
+    }
+
+
+def _deepseek_fields(layer: MLAConfig, config: TransformerConfig) -> dict[str, Any]:
+    if config.use_bias:
+        raise UserError(
+            "model.use_bias=true: transformers' DeepseekV3 has no bias in q_proj, q_b_proj and the feed-forward, so "
+            "this model cannot be written as one"
+        )
+    if layer.rope_frequencies is not None:
+        raise UserError(
+            "the model was converted from MHA with RoPE frequencies of its own, which transformers' DeepseekV3 cannot "
+            "have: scripts.convert --plain-rope makes one without"
+        )
+    return {
+        "num_key_value_heads": layer.num_heads,  # DeepseekV3 repeats the keys where it is any other number
+        "kv_lora_rank": layer.kv_compressed_dim,
+        "q_lora_rank": layer.q_compressed_dim,
+        "qk_nope_head_dim": layer.nope_dim,
+        "qk_rope_head_dim": layer.rope_dim,
+        "v_head_dim": layer.value_dim,
+        "rope_interleave": True,  # vLLM and llama.cpp know no other
+        # No layer is a mixture of experts; the rest of it has to be there and possible.
+        "first_k_dense_replace": config.num_layers,
+        "moe_layer_freq": 1,
+        "moe_intermediate_size": config.ff_hidden,
+        "n_routed_experts": 2,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,  # vLLM divides by it in fp16, in dense layers too
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def from_json(json: dict[str, Any]) -> tuple[TransformerConfig, bool]:
+    """Our configuration of a model of transformers, and whether its RoPE is interleaved.
+
+    Raises:
+        UserError: another architecture, or what our model cannot be.
+    """
+    kind = json.get("model_type")
+    if kind not in ("deepseek_v3", "deepseek_v2", "llama"):
+        raise UserError(f"model_type={kind} is not supported: it must be deepseek_v3, deepseek_v2 or llama")
+    for name, needed in (("hidden_act", "silu"), ("quantization_config", None)):
+        _need(json, name, needed)
+    config = TransformerConfig(
+        num_layers=_size(json, "num_hidden_layers"),
+        d_model=_size(json, "hidden_size"),
+        num_heads=_size(json, "num_attention_heads"),
+        seq_len=_size(json, "max_position_embeddings"),
+        ff_hidden=_size(json, "intermediate_size"),
+        vocab_size=_size(json, "vocab_size"),
+        tie_embeddings=bool(json.get("tie_word_embeddings", False)),
+        use_bias=bool(json.get("mlp_bias", False)),
+        norm_eps=float(json.get("rms_norm_eps", 1e-6)),
+    )
+    fields = _llama_attention(json, config) if kind == "llama" else _deepseek_attention(json, config)
+    config.attention = AttentionConfig(**fields, **rope_from_json(json, config.seq_len, kind != "llama"))
+    config.layer_config()
+    return config, kind == "deepseek_v2" or (kind == "deepseek_v3" and bool(json.get("rope_interleave", True)))
+
+
+def _llama_attention(json: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    if json.get("head_dim") is not None:
+        _need(json, "head_dim", config.d_model // config.num_heads)
+    _need(json, "attention_bias", config.use_bias)  # model.use_bias is for both
+    heads = json.get("num_key_value_heads")
+    return {"num_kv_heads": config.num_heads if heads is None else _size(json, "num_key_value_heads")}
+
+
+def _deepseek_attention(json: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
+    dense = json.get("first_k_dense_replace") or 0
+    if dense < config.num_layers:
+        raise UserError(
+            f"first_k_dense_replace={dense} of {config.num_layers} layers: the others are mixtures of experts, which "
+            "are not supported; all layers must be dense"
+        )
+    for name in ("attention_bias", "mlp_bias"):
+        _need(json, name, False)
+    if json.get("num_key_value_heads") is not None:
+        _need(json, "num_key_value_heads", config.num_heads)
+    return {
+        "kv_compressed_dim": _size(json, "kv_lora_rank"),
+        "q_compressed_dim": None if json.get("q_lora_rank", 0) is None else _size(json, "q_lora_rank"),
+        "nope_dim": _size(json, "qk_nope_head_dim"),
+        "rope_dim": _size(json, "qk_rope_head_dim"),
+        "value_dim": _size(json, "v_head_dim"),
+    }
+
+
+def _need(json: dict[str, Any], name: str, value: Any) -> None:
+    """Raises UserError where the entry is there and another."""
+    if (found := json.get(name, value)) != value:
+        raise UserError(f"{name}={found} is not supported: it must be {value}")
+
+
+def _size(json: dict[str, Any], name: str) -> int:
+    value = json.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}={value} must be a whole number above 0")
+    return value

@@ -1,0 +1,1 @@
+"""The network: a decoder-only transformer, its loss, and its size."""

@@ -1,0 +1,40 @@
+"""The parts of a transformer: feed-forward and block."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mla_lm.attention import MHA, MLA, MLAConfig
+from mla_lm.attention.documents import Documents
+from mla_lm.attention.kv_cache import LayerCache
+from mla_lm.attention.linear import Linear
+from mla_lm.model.config import TransformerConfig
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.d_model, config.ff_hidden, bias=config.use_bias)
+        self.up_proj = Linear(config.d_model, config.ff_hidden, bias=config.use_bias)
+        self.down_proj = Linear(config.ff_hidden, config.d_model, bias=config.use_bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__()
+        layer_config = config.layer_config()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = MLA(layer_config) if isinstance(layer_config, MLAConfig) else MHA(layer_config)
+        self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, documents)
+        return x + self.feed_forward(self.feed_forward_norm(x))

@@ -1,0 +1,133 @@
+"""The memory that a training step takes on a device, without allocating it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mla_lm.attention.sdpa import stores_scores
+from mla_lm.model.config import TransformerConfig
+from mla_lm.model.loss import CHUNK_LOGITS, LEAST_ROWS
+from mla_lm.model.transformer import Transformer
+
+
+@dataclass
+class TrainingMemory:
+    """Bytes that one device holds while it trains eagerly in a precision; see `training_memory`."""
+
+    weights: int  # in fp32, with the tables of RoPE
+    gradients: int  # in fp32
+    optimizer_state: int  # AdamW's two moments; of the matrices that Muon updates, one
+    weight_copies: int  # of the blocks' matrices, which autocast keeps for a whole step; 0 in fp32
+    loss: int  # one chunk of logits with what the loss makes of them, and its copies of the head
+    activations: int  # kept from the forward to the backward pass
+    checkpointed_activations: int  # kept with activation_checkpointing
+    recomputed_block: int  # what one block would have kept: with activation_checkpointing, backward makes it again
+    feed_forward_gradients: int  # of SwiGLU's product and its two factors, in the block where backward begins
+
+    def peak(self, checkpointing: bool, accumulation: int = 1) -> int:
+        """The most that is held at once, in the loss, where backward begins, or where it ends.
+
+        Gradients of an earlier micro-batch are there throughout; without accumulation the backward pass makes them
+        as it frees the activations.
+        """
+        if checkpointing:
+            most = self.checkpointed_activations + max(self.loss, self.recomputed_block + self.feed_forward_gradients)
+        else:
+            most = self.activations + max(self.loss, self.feed_forward_gradients)
+        most = most + self.gradients if accumulation > 1 else max(most, self.gradients)
+        return self.weights + self.optimizer_state + self.weight_copies + most
+
+
+def training_memory(
+    config: TransformerConfig, batch_size: int, dtype: torch.dtype, device: str = "cuda", optimizer: str = "adamw"
+) -> TrainingMemory:
+    """What training takes on one device.
+
+    Args:
+        config: activation_checkpointing is not read: both are answered
+        batch_size: sequences of seq_len tokens that go through the device at once
+        dtype: of autocast; fp32 is without
+        device: type of it, which decides how many logits the loss makes at once, and whether attention stores scores
+        optimizer: adamw or muon
+
+    Raises:
+        UserError (a ValueError): a configuration that cannot be.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    matrices = sum(m.weight.numel() for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear))
+    copies = 0 if dtype == torch.float32 else matrices * dtype.itemsize
+    kept, block = _kept_bytes(config, batch_size, dtype, copies // config.num_layers, checkpointing=False)
+    if device != "cpu" and stores_scores("cpu", dtype, config.seq_len):  # the model below runs as on a CPU
+        scores = batch_size * config.num_heads * config.seq_len**2 * dtype.itemsize
+        kept, block = kept - config.num_layers * scores, block - scores
+    checkpointed, _ = _kept_bytes(config, batch_size, dtype, 0, checkpointing=True)  # which keeps no copies itself
+    return TrainingMemory(
+        weights=weights + sum(b.nbytes for b in model.buffers()),
+        gradients=weights,
+        optimizer_state=2 * weights - (4 * matrices if optimizer == "muon" else 0),
+        weight_copies=copies,
+        loss=_loss_bytes(config, batch_size * config.seq_len, dtype, device),
+        activations=kept,
+        checkpointed_activations=checkpointed,
+        recomputed_block=block,
+        feed_forward_gradients=3 * batch_size * config.seq_len * config.ff_hidden * dtype.itemsize,
+    )
+
+
+def _kept_bytes(
+    config: TransformerConfig, batch_size: int, dtype: torch.dtype, copies_per_block: int, checkpointing: bool
+) -> tuple[int, int]:
+    """What the forward pass keeps, and one block's part of it, both without autocast's copies of weights.
+
+    It is the very model, run on tensors that have no data: one block and two tell what each further one adds.
+    """
+    sizes = []
+    for num_layers in (1, 2):
+        part = replace(config, num_layers=num_layers, activation_checkpointing=checkpointing)
+        with FakeTensorMode():
+            tokens = torch.zeros(batch_size, config.seq_len, dtype=torch.long)
+            sizes.append(saved_bytes(Transformer(part), tokens, dtype) - num_layers * copies_per_block)
+    block = sizes[1] - sizes[0]
+    return sizes[0] + (config.num_layers - 1) * block, block
+
+
+def _loss_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
+    """The most that `linear_cross_entropy` holds of its own, which is while it takes the softmax of a chunk."""
+    chunk = max(LEAST_ROWS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // config.vocab_size)
+    mixed = dtype != torch.float32
+    per_logit = dtype.itemsize + 4  # the logit and, in fp32, its probability
+    if mixed and not (device == "cuda" and dtype == torch.float16):
+        per_logit += 4  # the logit in fp32: only on a GPU, and in fp16, does the softmax take it as it is
+    if tokens > chunk:
+        per_logit += 4 + dtype.itemsize * mixed  # the probabilities, in place their gradients, of the chunk before
+    head = config.vocab_size * config.d_model * dtype.itemsize  # the chunk's gradient of it; autocast copies it too
+    return min(tokens, chunk) * config.vocab_size * per_logit + head * (2 if mixed else 1)
+
+
+def saved_bytes(model: Transformer, tokens: Tensor, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass of the loss keeps for backward, beside parameters and buffers.
+
+    Each storage counts once, however many tensors share it; autocast's copies of weights count.
+
+    Args:
+        model: in training mode
+        tokens: (B, T) ids
+        dtype: of autocast; fp32 is without
+    """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        model(tokens, tokens)
+    return sum(kept.values())

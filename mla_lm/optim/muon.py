@@ -1,0 +1,121 @@
+"""Muon (https://kellerjordan.github.io/posts/muon, arXiv 2502.16982), with AdamW for what it does not update."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+# a, b, c of the steps x <- a x + b (x x^T) x + c (x x^T)^2 x, which bring singular values between 1e-3 and 1 nearest
+# to 1, each after those before it (Polar Express, arXiv 2505.16932, algorithm 1, where there are more of them). Three
+# leave those of a random matrix between 0.2 and 1.9, for three fifths of the work of five.
+POLAR_STEPS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+)
+SAFETY = 1.01  # bf16 rounds singular values to above 1, from where the steps lead away
+UPDATE_RMS = 0.2  # about that of AdamW's updates, so that both take one learning rate (arXiv 2502.16982, section 2.2)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """One optimiser that updates the groups with `muon` set by Muon, and the others by AdamW.
+
+    Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
+    semi-orthogonal one. Matrices of one shape, or of its transpose, are orthogonalized together.
+
+    With DDP every device holds all gradients and makes the same whole update. Sharded parameters (FSDP, tensor
+    parallel) are not for it: a piece of a matrix has other singular values than the matrix.
+
+    Args:
+        groups: parameter groups with `weight_decay`
+        lr: of both; see UPDATE_RMS
+        betas: AdamW's
+        momentum: Muon's
+        fused: as of torch.optim.AdamW
+        dtype: that Muon orthogonalizes in
+    """
+
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float,
+        betas: tuple[float, float],
+        momentum: float,
+        fused: bool | None,
+        dtype: torch.dtype,
+    ):
+        super().__init__(groups, {"lr": lr, "betas": betas, "fused": fused, "momentum": momentum, "muon": False})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            (self._muon if group["muon"] else self._adamw)(parameters, group)
+        return loss
+
+    def _muon(self, parameters: list[Tensor], group: dict) -> None:
+        alike = defaultdict(list)
+        for p in parameters:
+            alike[min(p.shape), max(p.shape), p.device].append(p)
+        for same in alike.values():
+            for p in same:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in same]
+            grads = [p.grad for p in same]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+            updates = orthogonalize(torch.stack([_wide(matrix) for matrix in ahead]).to(self.dtype)).float().unbind()
+            updates = [u if u.shape == p.shape else u.mT for u, p in zip(updates, same, strict=True)]
+            torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(same, updates, alpha=-group["lr"] * UPDATE_RMS * max(same[0].shape) ** 0.5)
+
+    def _adamw(self, parameters: list[Tensor], group: dict) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                device = p.device if group["fused"] else "cpu"
+                step = torch.zeros((), dtype=torch.float32, device=device)
+                self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=1e-8,
+            maximize=False,
+        )
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices, about: singular values near 1, singular vectors kept.
+
+    Args:
+        matrices: (N, m, n), m <= n
+
+    Returns:
+        (N, m, n)
+    """
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-7)
+    for a, b, c in POLAR_STEPS:
+        a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.size(0) > matrix.size(1) else matrix

@@ -1,0 +1,76 @@
+"""The optimiser: AdamW, or Muon for the matrices with AdamW for the rest."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from mla_lm.errors import UserError
+from mla_lm.optim.muon import MuonAdamW
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101), or Muon (arXiv 2502.16982) for the blocks' matrices and AdamW for the rest."""
+
+    kind: str = "adamw"  # adamw | muon
+    lr: float = 1.5e-3  # the peak that the schedule scales
+    weight_decay: float = 0.1  # of matrices only
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's
+    momentum: float = 0.95  # Muon's
+    gradient_clip: float = 1.0  # largest norm of all gradients together; 0 for none
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be."""
+        if self.kind not in ("adamw", "muon"):
+            raise UserError(f"optimizer.kind={self.kind} is unknown: adamw or muon")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"optimizer.lr={self.lr} must be a number above 0")
+        if self.weight_decay < 0 or self.gradient_clip < 0:
+            raise UserError("optimizer.weight_decay and optimizer.gradient_clip must be at least 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas={list(self.betas)} must be two numbers in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optimizer.momentum={self.momentum} must be in [0, 1)")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices, which decay, and the rest (norms, biases), which do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, fused: bool = True, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """The optimiser of a `Transformer`.
+
+    Args:
+        fused: AdamW in one kernel; otherwise in a few for all parameters together, where the device has such
+        dtype: that Muon orthogonalizes in; bf16 serves where the hardware is fast in it
+    """
+    groups = parameter_groups(model, config.weight_decay)
+    fused = fused or None  # False would be a loop over the parameters on every device
+    if config.kind == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=fused)
+    else:
+        tables = {id(model.embedding.weight), id(model.head.weight)}  # their rows are no directions that mix
+        matrices, rest = groups
+        blocks = {**matrices, "params": [p for p in matrices["params"] if id(p) not in tables], "muon": True}
+        matrices["params"] = [p for p in matrices["params"] if id(p) in tables]
+        betas = (config.betas[0], config.betas[1])
+        optimizer = MuonAdamW([blocks, matrices, rest], config.lr, betas, config.momentum, fused, dtype)
+    optimizer.register_load_state_dict_pre_hook(_keep_fused)
+    return optimizer
+
+
+def _keep_fused(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load state to where the optimiser's own kernel reads it: PyTorch goes by `fused` of the groups that are loaded.
+
+    These may be of a run in another precision, or of one from before Muon's groups had it.
+    """
+    state["param_groups"] = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]

@@ -1,0 +1,73 @@
+"""Checkpoints on disk: plain data, found to be whole before anything of them is used."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla_lm.errors import UserError
+from mla_lm.runs.archive import check_archive
+
+
+def load_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint as plain data (no code in it is ever run), every byte of it checked against its checksum.
+
+    Args:
+        mmap: leave tensors on the disk until they are used
+
+    Raises:
+        UserError: there is no such file, or it is damaged, or it is no checkpoint.
+    """
+    return _load(path, mmap, tensors=True)
+
+
+def steps_behind(path: Path) -> int | None:
+    """Optimizer steps that a checkpoint has behind it, read without its tensors; None where it has weights alone.
+
+    Raises:
+        UserError: it is damaged, as far as that shows without reading all of it.
+    """
+    return _load(path, mmap=True, tensors=False).get("global_step")
+
+
+def _load(path: Path, mmap: bool, tensors: bool) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        check_archive(path, tensors)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UserError:
+        raise
+    except Exception as error:  # damage looks like anything to the reader
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or no checkpoint: {reason}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is no checkpoint of this project: it has no state_dict")
+    return checkpoint
+
+
+def put_in_front(temporary: Path, path: Path, keep: int) -> None:
+    """Put a file in the place of `path`, whose older versions, `keep` - 1 of them, become path-1, path-2 and so on.
+
+    A kill in between leaves no `path`, but its newest version as path-1.
+    """
+    versions = [path, *(numbered(path, number) for number in range(1, keep))]
+    for older, newer in reversed(list(zip(versions[1:], versions, strict=False))):
+        if newer.exists():
+            os.replace(newer, older)
+    os.replace(temporary, path)
+
+
+def numbered(path: Path, number: int) -> Path:
+    """last.ckpt as last-1.ckpt."""
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a file to path.why-1, or the first such number that is free, where nothing looks for it; return that."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{why}-{number}")).exists():
+        number += 1
+    os.rename(path, aside)
+    return aside

@@ -1,0 +1,110 @@
+"""A trained model from its run: nothing is made before its configuration has been held against its weights."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+
+from mla_lm.attention import MLAConfig
+from mla_lm.config import TrainConfig
+from mla_lm.data.tokenizer import load_tokenizer, vocabulary_size
+from mla_lm.errors import UserError
+from mla_lm.hardware import DTYPES, memory_bytes
+from mla_lm.model.config import TransformerConfig
+from mla_lm.model.transformer import Transformer
+from mla_lm.runs.checkpoint import load_checkpoint
+from mla_lm.runs.folder import find_best
+
+
+class LoadedRun(NamedTuple):
+    """What a run folder holds."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: TrainConfig
+
+
+def load_run(path: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
+    """The model of a run in evaluation mode, its tokenizer, and its configuration.
+
+    Args:
+        path: a run folder (its best checkpoint is taken, the last one where there is no best), or a checkpoint in one
+
+    Raises:
+        UserError: there is no run, or it is damaged.
+    """
+    run, checkpoint = find_best(path)
+    config = run.config()
+    weights = load_checkpoint(checkpoint)["state_dict"]
+    check_describes(config.model, weights, checkpoint)
+    if config.trainer.precision not in DTYPES:
+        raise UserError(f"{run.config_file} is no run's: trainer.precision={config.trainer.precision}")
+    tokenizer = load_tokenizer(run.tokenizer_file)
+    if (entries := vocabulary_size(tokenizer)) != config.model.vocab_size:
+        raise UserError(
+            f"{run.tokenizer_file} is another model's: it has {entries} entries, this one {config.model.vocab_size}"
+        )
+    model = Transformer(config.model)
+    model.load_state_dict(weights)
+    return LoadedRun(model.to(device).eval(), tokenizer, config)
+
+
+def load_weights(model: Transformer, checkpoint: Path) -> None:
+    """Load the network's weights.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or of another model.
+    """
+    weights = load_checkpoint(checkpoint)["state_dict"]
+    check_describes(model.config, weights, checkpoint)
+    model.load_state_dict(weights)
+
+
+def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    """See that a model is that of the weights before it is made, and takes what memory its configuration says.
+
+    Raises:
+        UserError: it is another, or its tables of RoPE, which are no weights, are too large.
+    """
+    items = weights.items() if isinstance(weights, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in items):
+        raise UserError(f"{checkpoint} is no checkpoint of this project: its state_dict is not one of tensors")
+    try:
+        with torch.device("meta"):
+            one = Transformer(replace(config, num_layers=1)).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch's words for sizes beyond 64 bits
+        raise UserError(f"{checkpoint} holds another model: the configured one has impossible sizes") from error
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    if layers != config.num_layers:  # of which each takes time to write down, even where it takes no memory
+        raise UserError(
+            f"{checkpoint} holds another model: {layers} layers are there, where model.num_layers={config.num_layers}"
+        )
+    numbered = {re.sub(r"^blocks\.0\.", f"blocks.{i}.", name): one[name] for i in range(layers) for name in one}
+    _check_shapes(numbered, weights, checkpoint)
+    check_tables(config)
+
+
+def check_tables(config: TransformerConfig) -> None:
+    """Raises UserError where the tables of RoPE, which are in no checkpoint, are larger than this machine's memory."""
+    layer = config.layer_config()
+    dim = layer.rope_dim if isinstance(layer, MLAConfig) else config.d_model // config.num_heads
+    needed, there = 4 * config.num_layers * config.seq_len * dim, memory_bytes()
+    if needed > there:
+        raise UserError(
+            f"model.seq_len={config.seq_len} is too long for this machine: the tables of RoPE alone take "
+            f"{needed / 1e9:,.0f} GB, and it has {there / 1e9:,.0f} GB of memory"
+        )
+
+
+def _check_shapes(ours: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    here = {name: list(tensor.shape) for name, tensor in ours.items()}
+    there = {name: list(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(here | there):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{checkpoint} holds another model: {name} is {there.get(name, 'missing')} there, "
+                f"{here.get(name, 'missing')} in the model to load it into"
+            )

@@ -1,0 +1,1 @@
+"""Several runs: sweeps of them, and how they compare."""

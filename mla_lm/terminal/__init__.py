@@ -1,0 +1,1 @@
+"""What a person sees: messages, tables, texts side by side."""

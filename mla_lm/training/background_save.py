@@ -1,0 +1,161 @@
+"""How a run is saved: by a thread that writes the checkpoint while training goes on."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from mla_lm.errors import ADVICE, TrainingFailed, UserError
+from mla_lm.files import write_atomically
+from mla_lm.runs.checkpoint import load_checkpoint, put_in_front
+from mla_lm.runs.folder import RunFolder
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+Failures = dict[Path, UserError | TrainingFailed]  # files that could not be written
+
+
+class BackgroundCheckpointIO(CheckpointIO):
+    """How Lightning saves and loads: whole or not at all, as plain data, and by a thread while training goes on.
+
+    A save copies the state into CPU memory that the next save uses again, so a run takes one more copy of its state.
+    GPU tensors are copied at once, CPU tensors by the thread: call `wait_until_copied` before they change. One save is
+    under way at a time. It raises nothing: ask `failures` or `wait` what became of it.
+
+    Args:
+        keep_last: versions of last.ckpt that are kept, itself included
+    """
+
+    def __init__(self, keep_last: int = 1) -> None:
+        self.keep_last = keep_last
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.copied = Event()
+        self.copied.set()
+        self.written: Future[Failures] | None = None
+        self.memory: dict[tuple, Tensor] = {}  # of the last copy; to ask for it anew takes longer than to copy
+        self.loaded: dict[str, Any] = {}  # the checkpoint that training goes on from, where it has been read already
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = ()) -> None:
+        """Begin to write a checkpoint.
+
+        Args:
+            checkpoint: plain data, with tensors in dicts, lists and tuples
+            path: the file
+            storage_options: files that get the same after it, in this order
+        """
+        self.wait()
+        state, left = self._copy(checkpoint)
+        self.copied.clear()
+        paths = [Path(path), *(storage_options or ())]
+        # Nothing after this: from here on the thread takes turns with Python code, for milliseconds each.
+        self.written = self.thread.submit(self._write, left, state, paths)
+
+    def load_checkpoint(self, path: str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        self.wait()
+        if not self.loaded:
+            return load_checkpoint(Path(path))
+        state = dict(self.loaded)
+        self.loaded.clear()  # whoever read it holds no tensors from here on
+        return state
+
+    def remove_checkpoint(self, path: str) -> None:
+        self.wait()
+        Path(path).unlink(missing_ok=True)
+
+    def wait_until_copied(self) -> None:
+        """From here on the state that was saved last may change."""
+        self.copied.wait()
+
+    def failures(self) -> Failures | None:
+        """What could not be written of the last save, told once; None where it is still under way or has been told."""
+        return self.wait() if self.written and self.written.done() else None
+
+    def wait(self) -> Failures | None:
+        """As `failures`, after the save under way has ended."""
+        written, self.written = self.written, None
+        return written.result() if written else None
+
+    def teardown(self) -> None:
+        """Lightning's last call, at the end of training and where an exception ends it."""
+        self.memory = {}
+        if self.written:
+            self.written.exception()  # let it end, and be asked for
+
+    def _copy(self, state: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]:
+        """A copy of `state`, and what is left to do for it: (target, source) tensors. Those that are one stay one."""
+        memory: dict[tuple, Tensor] = {}
+        left: list[tuple[Tensor, Tensor]] = []
+
+        def copy(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()
+            key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+            if key not in memory:
+                if key in self.memory:
+                    memory[key] = self.memory[key]
+                else:
+                    memory[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+                if tensor.device.type == "cpu":
+                    left.append((memory[key], tensor))
+                else:
+                    memory[key].copy_(tensor)
+            return memory[key]
+
+        copied = apply_to_collection(state, Tensor, copy)
+        self.memory = memory
+        return copied, left
+
+    def _write(self, left: list[tuple[Tensor, Tensor]], state: dict[str, Any], paths: list[Path]) -> Failures:
+        try:
+            _copy_tensors(left)
+        finally:
+            self.copied.set()
+        if name := _not_finite(state):
+            failure = TrainingFailed(
+                f"{name} has a number that is not finite after step {state.get('global_step')}: nothing is saved.\n"
+                f"  {ADVICE}"
+            )
+            return dict.fromkeys(paths, failure)
+        failures: Failures = {}
+        for path in paths:
+            try:
+                _write_file(state, path, self.keep_last)
+            except UserError as error:
+                failures[path] = error
+        return failures
+
+
+def _write_file(state: dict[str, Any], path: Path, keep_last: int) -> None:
+    keep = keep_last if path.name == RunFolder.LAST else 1
+    write_atomically(
+        path, lambda file: torch.save(state, file), lambda temporary, path: put_in_front(temporary, path, keep)
+    )
+
+
+def _copy_tensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    # By NumPy: a parallel torch operation would give this thread OpenMP workers of its own, and with more workers than
+    # cores every parallel operation of training sleeps in the kernel from then on: half the speed, for small models.
+    for target, source in pairs:
+        bits = BITS[source.itemsize]  # NumPy has no bf16
+        np.copyto(target.view(bits).numpy(), source.view(bits).numpy())
+
+
+def _not_finite(state: Any, name: str = "") -> str | None:
+    """The place in the state of a tensor that has NaN or infinity in it."""
+    if isinstance(state, Tensor):
+        return name if state.is_floating_point() and not _is_finite(state) else None
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    found = (_not_finite(value, f"{name}.{key}" if name else str(key)) for key, value in items)
+    return next((place for place in found if place), None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # By NumPy, as copying. bf16, which it lacks, is the upper half of fp32.
+    if tensor.dtype == torch.bfloat16:
+        return not ((tensor.view(torch.int16).numpy() & 0x7F80) == 0x7F80).any()
+    values = tensor.numpy().reshape(-1)
+    return all(np.isfinite(values[start : start + 2**20]).all() for start in range(0, len(values), 2**20))

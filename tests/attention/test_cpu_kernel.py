@@ -1,0 +1,155 @@
+"""The C++ kernel that compiled steps attend to a cache with."""
+
+import ctypes
+import functools
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_lm.attention import cpu_kernel
+from mla_lm.attention.sdpa import causal_attention
+from mla_lm.errors import UserError
+from mla_lm.hardware import cpp_compiler
+
+needs_compiler = pytest.mark.skipif(shutil.which(cpp_compiler()) is None, reason="no C++ compiler")
+
+
+FUNCTIONS = cpu_kernel._functions.__wrapped__
+on_every_cpu = pytest.mark.parametrize("without", [None, "-mno-avx512bf16", "-mno-avx512f"])
+
+
+@contextmanager
+def on_a_cpu(without: str | None) -> Iterator[None]:
+    """The kernel as it is called on this CPU, or on one that lacks instructions."""
+    if without and platform.machine() != "x86_64":
+        pytest.skip("instructions of x86-64")
+    with pytest.MonkeyPatch.context() as patch:
+        if without:
+            patch.setattr(cpu_kernel, "_functions", lambda: functions_without(without))
+        yield
+
+
+@functools.cache
+def functions_without(flag: str) -> dict:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        library = f"{folder}/decode.so"
+        flags = ("-O1", "-std=c++17", "-shared", "-fPIC", "-march=native", flag)
+        subprocess.run([cpp_compiler(), *flags, str(cpu_kernel.SOURCE), "-o", library], check=True)
+        patch.setattr(cpu_kernel, "_library", lambda: ctypes.CDLL(library))
+        return FUNCTIONS()
+
+
+@needs_compiler
+@on_every_cpu
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    rows=st.integers(1, 20),
+    keys=st.integers(1, 600),
+    dims=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    spread=st.sampled_from([0.1, 1.0, 5.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_softmax_written_out(without, batch, heads, rows, keys, dims, dtype, spread, seed):
+    torch.manual_seed(seed)
+    dim, value_dim = (cpu_kernel.LANES * n for n in dims)
+    q = (spread * dim**-0.5 * torch.randn(batch, rows, heads, dim)).to(dtype).transpose(1, 2)
+    k = torch.randn(batch, heads, keys + 5, dim).to(dtype)[:, :, :keys]  # as in a cache with room
+    v = k[..., :value_dim] if value_dim <= dim else torch.randn(batch, keys, heads, value_dim).to(dtype).transpose(1, 2)
+    weights = (q.double() @ k.double().mT).softmax(-1)
+    with on_a_cpu(without):
+        off = (cpu_kernel.attend_to_all(q, k, v) - weights @ v.double()).abs()
+    rounding = 1e-4 if dtype == torch.float32 else 2**-8  # of each weight
+    assert (off <= rounding * (weights @ v.double().abs()) + 1e-5).all()
+
+
+@needs_compiler
+def test_is_an_operator_that_torch_can_compile():
+    torch.library.opcheck(
+        torch.ops.mla_lm.attend_to_all.default, (torch.randn(1, 2, 3, 16), *torch.randn(2, 1, 2, 9, 16))
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", cpu_kernel.DTYPES)
+def test_threads_do_not_change_the_result(dtype):
+    q, k = torch.randn(1, 1, 6, 32, dtype=dtype), torch.randn(1, 1, 1000, 32, dtype=dtype)
+    outs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        outs.append(cpu_kernel.attend_to_all(q, k, k))
+    torch.set_num_threads(1)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "queries", "dim", "taken"),
+    [
+        (torch.float32, 1, 32, True),
+        (torch.bfloat16, 1, 32, True),
+        (torch.float16, 1, 32, False),
+        (torch.float32, 2, 32, False),
+        (torch.float32, 1, 24, False),
+    ],
+)
+def test_which_compiled_steps_take_it(dtype, queries, dim, taken):
+    """Of the others PyTorch's kernel takes care, as of every step that is not compiled."""
+    q, k = torch.randn(1, 4, queries, dim, dtype=dtype), torch.randn(1, 1, 40, dim, dtype=dtype)
+    graphs = []
+    compiled = torch.compile(causal_attention, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(q, k, k, 0.3), causal_attention(q, k, k, 0.3), rtol=0.02, atol=0.02)
+    names = {node.target for node in graphs[0].graph.nodes}
+    assert (torch.ops.mla_lm.attend_to_all.default in names) == taken
+
+
+@needs_compiler
+def test_a_compiler_that_fails(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_kernel, "SOURCE", tmp_path / "cpu_kernel.cpp")
+    cpu_kernel.SOURCE.write_text("int attend( {")
+    with pytest.raises(UserError, match="does not compile"):
+        cpu_kernel._library()
+    assert not list((tmp_path / "mla_lm").iterdir())
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="TORCH_HOME"):
+        cpu_kernel._library()
+
+
+@needs_compiler
+@on_every_cpu
+@pytest.mark.parametrize("dtype", cpu_kernel.DTYPES)
+@pytest.mark.parametrize("at", [300, 498])
+def test_scores_far_apart(without, dtype, at):
+    """Only the key with the largest score counts, wherever it is, and no exponential overflows."""
+    k = torch.zeros(1, 1, 499, 16, dtype=dtype)
+    k[0, 0, :, 0] = -1000.0
+    k[0, 0, at, 0] = 1000.0
+    v = torch.randn(1, 1, 499, 16).to(dtype)
+    with on_a_cpu(without):
+        out = cpu_kernel.attend_to_all(torch.eye(16, dtype=dtype)[:1].view(1, 1, 1, 16), k, v)
+    torch.testing.assert_close(out[0, 0, 0], v[0, 0, at].float())
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="names of Linux on x86-64")
+def test_the_kept_kernel_is_of_this_kind_of_cpu():
+    """Or a machine that shares the folder would run instructions that it does not have."""
+    assert {"sse2", "fpu"} <= set(cpu_kernel._cpu_features().split())

@@ -1,0 +1,234 @@
+"""Decoding through the cache gives what recomputing everything for each token gives; sampling gives what is asked."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.errors import UserError
+from mla_lm.inference.generate import NOTHING, generate, penalize, token_weights
+
+KINDS = {
+    "mla": AttentionConfig(kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4),
+    "mha": AttentionConfig(),
+    "gqa": AttentionConfig(num_kv_heads=2),
+    "mqa": AttentionConfig(num_kv_heads=1),
+}
+
+
+def model_of(kind: str, seq_len: int = 24) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(2, 32, 4, seq_len, 48, KINDS[kind], vocab_size=61, tie_embeddings=False))
+    for parameter in model.parameters():  # so that the likeliest token depends on the context
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    return model.eval()
+
+
+def sample(model, prompts, max_tokens, **options) -> torch.Tensor:
+    return torch.stack(list(generate(model, prompts, max_tokens, **options)), dim=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt_length", [1, 7])
+def test_greedy_is_full_recomputation(kind, prompt_length):
+    model, prompts = model_of(kind), torch.randint(61, (3, prompt_length))
+    tokens = prompts
+    with torch.no_grad():
+        for _ in range(15):
+            tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), dim=1)
+    continued = sample(model, prompts, 15, temperature=0)
+    assert torch.equal(continued, tokens[:, prompt_length:])
+    assert len(continued.unique()) > 5
+
+
+def test_each_prompt_of_a_batch_as_if_alone():
+    model, prompts = model_of("mla"), torch.randint(61, (4, 5))
+    alone = [sample(model, prompt[None], 10, temperature=0) for prompt in prompts]
+    assert torch.equal(sample(model, prompts, 10, temperature=0), torch.cat(alone))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_goes_on_from_a_filled_cache(kind):
+    """What it holds is not read again: other ids in its place change nothing."""
+    model, prompts = model_of(kind), torch.randint(61, (2, 7))
+    expected = sample(model, prompts, 10, temperature=0)
+    cache = model.new_cache(2)
+    model.hidden_states(prompts[:, :5], cache)
+    prompts[:, :5] = 0
+    assert torch.equal(sample(model, prompts, 10, temperature=0, cache=cache), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_step_is_one_graph_and_not_one_for_each_length(kind, dtype, batch):
+    """So that compiling it pays; here it is captured and not compiled, which takes long."""
+    model, tokens = model_of(kind), torch.randint(61, (batch, 20))
+    torch.compiler.reset()  # torch compiles a function anew for a few models only
+    captured = []
+    capture = torch.compile(
+        model.hidden_states, dynamic=True, fullgraph=True, backend=lambda graph, _: captured.append(graph) or graph
+    )
+    caches = [model.new_cache(batch, 21, dtype) for _ in range(2)]
+    # A sum in place of a product may differ in the last bit, by which int8 rounds to the next step.
+    rounding = {"rtol": 0.02, "atol": 0.002} if dtype == torch.int8 and batch == 1 else {}
+    with torch.no_grad():
+        for cache in caches:
+            model.hidden_states(tokens[:, :5], cache)
+        for token in tokens[:, 5:].split(1, dim=1):
+            torch.testing.assert_close(capture(token, caches[0]), model.hidden_states(token, caches[1]), **rounding)
+    assert len(captured) == 1
+    products = [node for node in captured[0].graph.nodes if node.target is torch.nn.functional.linear]
+    assert bool(products) == (batch > 1)  # of a single vector, each is a sum
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mla", "mha"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_it_gives_the_same(kind, batch):
+    model, prompts = model_of(kind), torch.randint(61, (batch, 7))
+    torch.compiler.reset()
+    counters.clear()
+    compiled = sample(model, prompts, 15, temperature=0, compiled=True)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(compiled, sample(model, prompts, 15, temperature=0))
+
+
+def test_refuses_a_cache_that_holds_the_whole_prompt():
+    model, prompts = model_of("mla"), torch.randint(61, (2, 7))
+    cache = model.new_cache(2)
+    model.hidden_states(prompts, cache)
+    with pytest.raises(UserError, match="holds 7 tokens, and a prompt has 7"):
+        next(generate(model, prompts, 3, cache=cache))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_tokens", [4, 99])
+def test_prompts_of_different_lengths_each_as_if_alone(kind, max_tokens):
+    """Up to max_tokens each or to the end of seq_len, also where one prompt ends when another has begun long ago."""
+    model = model_of(kind)
+    prompts = [torch.randint(61, (length,)) for length in (5, 1, 24, 17)]
+    columns = sample(model, prompts, max_tokens, temperature=0, repetition_penalty=1.2)
+    for prompt, ids in zip(prompts, columns, strict=True):
+        new = ids[ids != NOTHING]
+        assert len(new) == min(max_tokens, 24 - len(prompt))
+        if len(new):
+            assert torch.equal(new, sample(model, [prompt], max_tokens, temperature=0, repetition_penalty=1.2)[0])
+
+
+@pytest.mark.parametrize(
+    ("prompt_length", "max_tokens"), [(1, 5), (20, 3), (20, 4), (20, 99), (23, 2), (24, 5), (3, 0)]
+)
+def test_number_of_tokens_and_of_forward_passes(prompt_length, max_tokens):
+    model, passes = model_of("mla"), []
+    model.norm.register_forward_hook(lambda module, args, out: passes.append(out.size(1)))
+    tokens = list(generate(model, torch.randint(61, (2, prompt_length)), max_tokens))
+    assert len(tokens) == min(max_tokens, 24 - prompt_length)
+    assert passes == ([prompt_length] + [1] * (len(tokens) - 1) if tokens else [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_prompt_is_read_in_chunks(kind, monkeypatch):
+    model, prompts, passes = model_of(kind), torch.randint(61, (2, 13)), []
+    whole = sample(model, prompts, 6, temperature=0)
+    monkeypatch.setattr("mla_lm.inference.generate.PREFILL", 5)
+    model.norm.register_forward_hook(lambda module, args, out: passes.append(out.size(1)))
+    assert torch.equal(sample(model, prompts, 6, temperature=0), whole)
+    assert passes == [5, 5, 3, 1, 1, 1, 1, 1]
+
+
+def test_the_generator_decides():
+    model, prompts = model_of("mla"), torch.randint(61, (2, 4))
+    draw = lambda seed, **o: sample(model, prompts, 20, generator=torch.Generator().manual_seed(seed), **o)  # noqa: E731
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(draw(1, top_k=5, temperature=0.7), draw(1, top_k=5, temperature=0.7))
+
+
+def test_top_k_and_temperature():
+    model, prompts = model_of("mha"), torch.randint(61, (64, 4))
+    greedy = sample(model, prompts, 8, temperature=0)
+    assert torch.equal(sample(model, prompts, 8, top_k=1), greedy)
+    assert torch.equal(sample(model, prompts, 8, temperature=1e-4), greedy)
+    with torch.no_grad():
+        likeliest = model(prompts)[:, -1].topk(3).indices
+    first = sample(model, prompts, 1, top_k=3, temperature=5.0)
+    assert (first == likeliest).any(1).all()
+    assert not torch.equal(first[:, 0], likeliest[:, 0])
+    assert sample(model, prompts, 1, top_k=1000).shape == (64, 1)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7, 0.8])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"top_k": 7}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.8, "min_p": 0.1}, {"top_p": 1e-9}],
+    ids=str,
+)
+def test_what_is_drawn_from_is_that_of_transformers(limits, temperature, penalty):
+    torch.manual_seed(0)
+    logits, ids = 2 * torch.randn(16, 61), torch.randint(61, (16, 12))
+    theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(temperature)])
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    theirs += [warpers[name](value) for name, value in limits.items()]
+    expected = theirs(ids, logits.clone()).softmax(-1)
+    seen = torch.zeros(16, 61, dtype=torch.bool).scatter_(1, ids, True)
+    weights = token_weights(penalize(logits, seen, penalty), temperature, **limits)
+    torch.testing.assert_close(weights / weights.sum(-1, keepdim=True), expected)
+
+
+def test_a_repetition_penalty_ends_repetition():
+    """One so strong that no id comes twice, nor one of the prompt, as long as there are others."""
+    model, prompts = model_of("mla"), [torch.arange(4), torch.arange(4, 10)]
+    with torch.no_grad():
+        model.head.weight.abs_()  # so that, with what it reads positive, all logits are
+        model.norm.register_forward_hook(lambda module, args, out: out.abs())
+    for prompt, ids in zip(prompts, sample(model, prompts, 15, temperature=0, repetition_penalty=1e6), strict=True):
+        new = ids[ids != NOTHING]
+        assert len({*prompt.tolist(), *new.tolist()}) == len(prompt) + len(new)
+
+
+def test_a_temperature_near_zero_is_zero():
+    model, prompts = model_of("mha"), torch.randint(61, (4, 4))
+    greedy = sample(model, prompts, 8, temperature=0)
+    assert torch.equal(sample(model, prompts, 8, temperature=1e-50), greedy)
+
+
+def test_samples_follow_the_softmax():
+    model, prompt = model_of("gqa"), torch.randint(61, (1, 4))
+    first = sample(model, prompt.expand(20_000, -1), 1, temperature=2.0, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = (model(prompt)[0, -1] / 2.0).softmax(-1)
+    assert (first[:, 0].bincount(minlength=61) / 20_000 - expected).abs().max() < 0.02
+
+
+def test_nothing_of_a_graph_is_kept():
+    assert not any(t.requires_grad for t in generate(model_of("mla"), torch.randint(61, (1, 4)), 3))
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("length", "options", "message"),
+    [
+        (25, {}, "a prompt of 25 tokens is longer than the model's seq_len=24"),
+        (4, {"temperature": -1.0}, "temperature=-1.0 must be"),
+        (4, {"temperature": float("nan")}, "temperature=nan must be"),
+        (4, {"temperature": float("inf")}, "temperature=inf must be"),
+        (4, {"top_k": 0}, "top_k=0 must be at least 1"),
+        (4, {"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        (4, {"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
+        (4, {"min_p": -0.1}, "min_p=-0.1 must be at least 0 and at most 1"),
+        (4, {"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be"),
+    ],
+)
+def test_refused(length, options, message):
+    with pytest.raises(ValueError, match=message):
+        next(generate(model_of("mla"), torch.randint(61, (1, length)), 3, **options))
