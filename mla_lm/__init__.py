@@ -3,9 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig
+from mla_lm.attention import MHA, MLA, AttentionConfig, MHAConfig, MLAConfig
 from mla_lm.errors import UserError
-from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.model.config import TransformerConfig
 from mla_lm.model.transformer import Transformer
 
 if TYPE_CHECKING:

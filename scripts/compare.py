@@ -114,6 +114,10 @@ def load(folder: RunFolder) -> Run:
         )
     if not summary.get("finished"):
         raise UserError(f"{folder.path} has not finished: python train.py ckpt_path={folder.path} goes on with it")
+    if summary["attention"] != config.model.attention.kind:
+        raise UserError(
+            f"{folder.summary_file} is damaged: it is of {summary['attention']}, config.yaml of another kind"
+        )
     return Run(folder, config, {**summary, "flops_per_token": model_size(config.model).flops_per_token})
 
 
@@ -151,7 +155,7 @@ def telling_keys(run: Run, groups: list[list[Run]]) -> list[str]:
     What differs between kinds of attention, and besides depth and width between sizes, the columns tell; the steps too.
     """
     others = [group[0] for group in groups]
-    same_kind = [other for other in others if other.config.model.attention_kind == run.config.model.attention_kind]
+    same_kind = [other for other in others if other.config.model.attention.kind == run.config.model.attention.kind]
     same_size = [other for other in same_kind if all(other.keys[key] == run.keys[key] for key in SIZE)]
     keys = [key for key in differing([other.config for other in same_kind]) if key in SIZE]
     keys += [key for key in differing([other.config for other in same_size]) if key.startswith("model.")]

@@ -115,7 +115,7 @@ class SampledRun:
         self.run = model.prepare_decoding(DTYPES[config.trainer.precision], compiled=args.compile), tokenizer, config
         folder, checkpoint = find_run(path)
         name = f"{folder.path.name}/{checkpoint.name}" if checkpoint else folder.path.name
-        self.name = f"{name} ({self.run[0].config.attention_kind})"
+        self.name = f"{name} ({self.run[0].config.attention.kind})"
         self.options = {"max_tokens": args.max_tokens, "stops": args.stop, **sampling_of(args)}
         self.options["compiled"] = args.compile
         self.options["cache_dtype"] = CACHE_DTYPES.get(args.cache)

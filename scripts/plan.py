@@ -166,7 +166,7 @@ def cache_lines(config: TrainConfig, batch: int, context: int, dtype: torch.dtyp
     for size in same_size_as(model):
         per_token = size.cache_bytes_per_token(model.num_layers, dtype)
         share = size.cache_elements_per_token_per_layer / (2 * model.d_model)
-        mark = ">" if size.attention == model.attention_kind else " "
+        mark = ">" if size.attention == model.attention.kind else " "
         total = human_bytes(batch * context * per_token)
         lines.append(f"{mark} {size.attention:6}{per_token:>16,}{total:>12}{share:>10.3f}")
     return lines

@@ -5,6 +5,7 @@ import json
 import math
 from statistics import mean, stdev
 
+from mla_lm.attention import KINDS
 from mla_lm.errors import UserError
 from mla_lm.runs.folder import RunFolder
 
@@ -18,8 +19,8 @@ except ImportError as error:
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, less the yellow that is pale on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = {"mla": "-", "mha": "--", "gqa": "-.", "mqa": ":"}
-MARKERS = {"mla": "o", "mha": "s", "gqa": "^", "mqa": "D"}
+LINES = ("-", "--", "-.", ":")  # of the kinds of attention, in their order
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MEASURES = {"loss": "loss (nats per token)", "bits_per_byte": "bits per byte"}
 LABEL_HEIGHT, LABEL_WIDTH = 11, 60  # points that the label of a point takes
 
@@ -78,8 +79,7 @@ def draw_curve(axes: Axes, label: str, runs: list[RunFolder], measure: str, colo
     tokens = sorted(set.intersection(*map(set, curves)))  # seeds may have been validated at other steps
     values = [[curve[count] for curve in curves] for count in tokens]
     means, deviations = [mean(v) for v in values], [deviation(v) for v in values]
-    kind = runs[0].summary()["attention"]
-    style = {"color": colour, "linestyle": LINES[kind], "marker": MARKERS[kind], "markersize": 4}
+    style = {"color": colour, "linestyle": of_kind(runs, LINES), "marker": of_kind(runs, MARKERS), "markersize": 4}
     axes.plot(tokens, means, label=label, **style)
     lower = [m - d for m, d in zip(means, deviations, strict=True)]
     upper = [m + d for m, d in zip(means, deviations, strict=True)]
@@ -88,8 +88,13 @@ def draw_curve(axes: Axes, label: str, runs: list[RunFolder], measure: str, colo
 
 def draw_point(axes: Axes, runs: list[RunFolder], measure: str, colour) -> None:
     x, y, error = point(runs, measure)
-    marker = MARKERS[runs[0].summary()["attention"]]
-    axes.errorbar(x, y, yerr=error if len(runs) > 1 else None, fmt=marker, color=colour, capsize=4, markersize=7)
+    error = error if len(runs) > 1 else None
+    axes.errorbar(x, y, yerr=error, fmt=of_kind(runs, MARKERS), color=colour, capsize=4, markersize=7)
+
+
+def of_kind(runs: list[RunFolder], styles: tuple[str, ...]) -> str:
+    """The style of the runs' kind of attention; they come round again where there are more kinds."""
+    return styles[list(KINDS).index(runs[0].summary()["attention"]) % len(styles)]
 
 
 def short_labels(rows: list[list[RunFolder]]) -> list[str]:

@@ -19,8 +19,8 @@ import torch
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
 
 torch.backends.cuda.matmul.allow_tf32 = False
-kinds = [AttentionConfig(kv_compressed_dim=32, rope_dim=16, nope_dim=16, value_dim=32)]
-kinds += [AttentionConfig(num_kv_heads=n) for n in (4, 2, 1)]
+kinds = [AttentionConfig(kind="mla", kv_compressed_dim=32, rope_dim=16, nope_dim=16, value_dim=32)]
+kinds += [AttentionConfig(kind=kind, num_kv_heads=n) for kind, n in (("mha", 4), ("gqa", 2), ("mqa", 1))]
 for attention in kinds:
     model = Transformer(TransformerConfig(2, 128, 4, 64, 256, attention, vocab_size=100)).eval()
     tokens = torch.randint(100, (2, 64))
@@ -39,8 +39,8 @@ import torch
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
 
 mla = [{"nope_dim": 16, "value_dim": 32}, {}, {"nope_dim": 4, "value_dim": 28}]  # and heads of 48 and 32, of 20 and 28
-kinds = [AttentionConfig(kv_compressed_dim=32, rope_dim=16, **sizes) for sizes in mla]
-kinds += [AttentionConfig(num_kv_heads=n) for n in (4, 2, 1)]
+kinds = [AttentionConfig(kind="mla", kv_compressed_dim=32, rope_dim=16, **sizes) for sizes in mla]
+kinds += [AttentionConfig(kind=kind, num_kv_heads=n) for kind, n in (("mha", 4), ("gqa", 2), ("mqa", 1))]
 tokens = torch.randint(8, (3, 64))
 for attention in kinds:
     model = Transformer(TransformerConfig(2, 128, 4, 64, 256, attention, vocab_size=100, document_token=0))
@@ -74,8 +74,8 @@ class Names(TorchDispatchMode):
         self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
-kinds = [AttentionConfig(kv_compressed_dim=64, rope_dim=32, nope_dim=32, value_dim=64)]
-kinds += [AttentionConfig(num_kv_heads=n) for n in (4, 2, 1)]
+kinds = [AttentionConfig(kind="mla", kv_compressed_dim=64, rope_dim=32, nope_dim=32, value_dim=64)]
+kinds += [AttentionConfig(kind=kind, num_kv_heads=n) for kind, n in (("mha", 4), ("gqa", 2), ("mqa", 1))]
 for attention in kinds:
     model = Transformer(TransformerConfig(2, 256, 4, 64, 256, attention, vocab_size=100)).cuda()
     tokens = torch.randint(100, (2, 9), device="cuda")

@@ -1,8 +1,21 @@
-"""The attention family: MLA and the multi-head, grouped-query and multi-query baselines, and their caches."""
+"""Attention and its caches: one file for each kind, what they share, and the registry of kinds."""
 
 from mla_lm.attention.gqa import MHA, MHAConfig
-from mla_lm.attention.kv_cache import LayerCache
+from mla_lm.attention.kinds import KINDS, AttentionConfig
+from mla_lm.attention.kv_cache import LayerCache, ModelCache
 from mla_lm.attention.mla import MLA, MLAConfig
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 
-__all__ = ["MHA", "MLA", "LayerCache", "MHAConfig", "MLAConfig", "RotaryEmbedding", "YarnConfig", "rotate"]
+__all__ = [
+    "KINDS",
+    "MHA",
+    "MLA",
+    "AttentionConfig",
+    "LayerCache",
+    "MHAConfig",
+    "MLAConfig",
+    "ModelCache",
+    "RotaryEmbedding",
+    "YarnConfig",
+    "rotate",
+]

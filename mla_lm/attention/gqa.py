@@ -1,16 +1,25 @@
 """Multi-head, grouped-query (arXiv 2305.13245) and multi-query (arXiv 1911.02150) attention: the baselines."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
+from mla_lm.attention.kind import AttentionKind, TransformersForm, check_positive
 from mla_lm.attention.kv_cache import LayerCache
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
-from mla_lm.attention.sizes import check_positive
 from mla_lm.errors import UserError
+
+
+@dataclass
+class GQAOptions:
+    """The key of `model.attention` that MHA, GQA and MQA alone read."""
+
+    num_kv_heads: int | None = None
 
 
 @dataclass
@@ -42,6 +51,23 @@ class MHAConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
 
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def cached_elements(self) -> int:
+        """Keys and values of a token."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def macs_per_key(self) -> int:
+        return self.num_heads * 2 * self.head_dim
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.head_dim
+
 
 class MHA(nn.Module):
     """Causal self-attention that caches the keys and values of `num_kv_heads` heads."""
@@ -49,7 +75,7 @@ class MHA(nn.Module):
     def __init__(self, config: MHAConfig):
         super().__init__()
         self.config = c = config
-        self.head_dim = c.d_model // c.num_heads
+        self.head_dim = c.head_dim
         self.scale = self.head_dim**-0.5 * c.yarn.score_scale
         kv_dim = c.num_kv_heads * self.head_dim
         self.q_proj = Linear(c.d_model, c.d_model, bias=c.use_bias)
@@ -100,3 +126,36 @@ class MHA(nn.Module):
         shape = (self.config.num_kv_heads, (self.head_dim,))
         dtype, device = dtype or weight.dtype, device or weight.device
         return LayerCache(batch_size, limit, [shape, shape], dtype, device, grows=max_len is None)
+
+
+def kind_of_heads(num_kv_heads: int | None, num_heads: int) -> str:
+    """mha, gqa or mqa."""
+    return {1: "mqa", num_heads: "mha", None: "mha"}.get(num_kv_heads, "gqa")
+
+
+def _checked(kind: str, wanted: str) -> Callable[..., MHAConfig]:
+    """`MHAConfig`, of as many key heads as the kind has."""
+
+    def layer_config(num_kv_heads: int | None, num_heads: int, **sizes: Any) -> MHAConfig:
+        if num_kv_heads is None and kind == "mqa":
+            num_kv_heads = 1
+        config = MHAConfig(num_kv_heads=num_kv_heads, num_heads=num_heads, **sizes)
+        if kind_of_heads(num_kv_heads, num_heads) != kind:
+            raise UserError(f"num_kv_heads={num_kv_heads} of {num_heads} heads is not {kind}: it must be {wanted}")
+        return config
+
+    return layer_config
+
+
+def _kind(title: str, kind: str, wanted: str) -> AttentionKind:
+    form = TransformersForm(
+        architecture="LlamaForCausalLM",
+        projections={"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "out_proj": "o_proj"},
+        entries={"num_key_value_heads": "num_kv_heads", "head_dim": "head_dim"},
+    )
+    return AttentionKind(title, GQAOptions, _checked(kind, wanted), MHA, form)
+
+
+MHA_KIND = _kind("multi-head attention", "mha", "num_heads, or left out")
+GQA_KIND = _kind("grouped-query attention", "gqa", "a divisor of num_heads between the two")
+MQA_KIND = _kind("multi-query attention", "mqa", "1, or left out")

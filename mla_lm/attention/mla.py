@@ -7,12 +7,25 @@ from torch import Tensor, nn
 
 from mla_lm.attention import cpu_kernel
 from mla_lm.attention.documents import Documents, document_attention
+from mla_lm.attention.kind import AttentionKind, TransformersForm, check_positive
 from mla_lm.attention.kv_cache import LayerCache
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 from mla_lm.attention.sdpa import causal_attention
-from mla_lm.attention.sizes import check_positive
 from mla_lm.errors import UserError
+
+
+@dataclass
+class MLAOptions:
+    """The keys of `model.attention` that MLA alone reads; see `MLAConfig`."""
+
+    kv_compressed_dim: int | None = None
+    q_compressed_dim: int | None = None
+    rope_dim: int | None = None
+    nope_dim: int | None = None
+    value_dim: int | None = None
+    latent_norm: bool = True
+    rope_frequencies: list[float] | None = None
 
 
 @dataclass
@@ -42,6 +55,9 @@ class MLAConfig:
     rope_frequencies: list[float] | None = None  # of such a model: rope_dim / 2 angles per position
 
     def __post_init__(self):
+        for name in ("kv_compressed_dim", "rope_dim"):
+            if getattr(self, name) is None:
+                raise UserError(f"{name} is missing: MLA needs kv_compressed_dim and rope_dim")
         check_positive(self, "d_model", "num_heads", "kv_compressed_dim", "q_compressed_dim", "rope_dim", "seq_len")
         check_positive(self, "nope_dim", "value_dim", "rope_base")
         self.yarn.check()
@@ -59,6 +75,19 @@ class MLAConfig:
             self.nope_dim = self.d_model // self.num_heads
         if self.value_dim is None:
             self.value_dim = self.d_model // self.num_heads
+
+    @property
+    def cached_elements(self) -> int:
+        """The latent and the shared rotated key of a token (section 2.1.4)."""
+        return self.kv_compressed_dim + self.rope_dim
+
+    @property
+    def macs_per_key(self) -> int:
+        return self.num_heads * (self.nope_dim + self.rope_dim + self.value_dim)
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.rope_dim
 
 
 class LatentNorm(nn.RMSNorm):
@@ -207,3 +236,37 @@ class MLA(nn.Module):
         shape = (1, (c.kv_compressed_dim, c.rope_dim))
         dtype, device = dtype or weight.dtype, device or weight.device
         return LayerCache(batch_size, max_len or c.seq_len, [shape], dtype, device, grows=max_len is None)
+
+
+KIND = AttentionKind(
+    title="Multi-head Latent Attention",
+    options=MLAOptions,
+    layer_config=MLAConfig,
+    layer=MLA,
+    transformers=TransformersForm(
+        architecture="DeepseekV3ForCausalLM",
+        projections={
+            "q_proj": "q_proj",
+            "q_down": "q_a_proj",
+            "q_norm": "q_a_layernorm",
+            "q_up": "q_b_proj",
+            "kv_down": "kv_a_proj_with_mqa",
+            "kv_norm": "kv_a_layernorm",
+            "kv_up": "kv_b_proj",
+            "out_proj": "o_proj",
+        },
+        entries={
+            "num_key_value_heads": "num_heads",  # DeepseekV3 repeats the keys where it is any other number
+            "kv_lora_rank": "kv_compressed_dim",
+            "q_lora_rank": "q_compressed_dim",
+            "qk_nope_head_dim": "nope_dim",
+            "qk_rope_head_dim": "rope_dim",
+            "v_head_dim": "value_dim",
+        },
+        rotated={
+            "q_proj": ("num_heads", "nope_dim"),
+            "q_up": ("num_heads", "nope_dim"),
+            "kv_down": (None, "kv_compressed_dim"),
+        },
+    ),
+)

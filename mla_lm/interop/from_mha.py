@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mla_lm.attention import MHA
+from mla_lm.attention import MHA, AttentionConfig, MHAConfig
 from mla_lm.errors import UserError
-from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.model.config import TransformerConfig
 from mla_lm.model.transformer import Transformer
 
 RIDGE = 1e-6  # share of the mean variance that every direction is granted, so that none is weightless
@@ -61,12 +61,12 @@ def converted_config(
     config: TransformerConfig, kv_compressed_dim: int, rope_dim: int, plain_rope: bool = False
 ) -> TransformerConfig:
     """Of the MLA model that `convert` makes, but for the frequencies that it chooses; errors as there."""
-    if config.attention_kind == "mla":
-        raise UserError("the model is MLA already: give an MHA, GQA or MQA run")
     layer = config.layer_config()
+    if not isinstance(layer, MHAConfig):
+        raise UserError(f"the model is of kind {config.attention.kind}: give an MHA, GQA or MQA run")
     if layer.yarn.factor != 1:
         raise UserError(f"yarn.factor={layer.yarn.factor}: convert the run from before its context was extended")
-    head_dim = config.d_model // config.num_heads
+    head_dim = layer.head_dim
     keys = layer.num_kv_heads * head_dim
     if rope_dim % 2 or not 2 <= rope_dim <= keys:
         raise UserError(f"rope_dim={rope_dim} must be even, and at most the {keys} dimensions of all keys")
@@ -80,6 +80,7 @@ def converted_config(
             f"kv_compressed_dim={kv_compressed_dim} must be at least 1, and at most {widest}: more holds nothing"
         )
     attention = AttentionConfig(
+        kind="mla",
         kv_compressed_dim=kv_compressed_dim,
         rope_dim=rope_dim,
         nope_dim=head_dim,

@@ -1,26 +1,10 @@
 """The sizes of a model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from mla_lm.attention import MHAConfig, MLAConfig
-from mla_lm.attention.rope import YarnConfig
+from mla_lm.attention import KINDS, AttentionConfig
+from mla_lm.attention.kind import LayerConfig, SharedOptions
 from mla_lm.errors import UserError
-
-
-@dataclass
-class AttentionConfig:
-    """MLA where `kv_compressed_dim` is set, otherwise MHA, GQA or MQA by `num_kv_heads`; see MLAConfig, MHAConfig."""
-
-    kv_compressed_dim: int | None = None
-    q_compressed_dim: int | None = None
-    rope_dim: int | None = None
-    nope_dim: int | None = None
-    value_dim: int | None = None
-    num_kv_heads: int | None = None
-    rope_base: float = 10000.0
-    yarn: YarnConfig = field(default_factory=YarnConfig)
-    latent_norm: bool = True
-    rope_frequencies: list[float] | None = None
 
 
 @dataclass
@@ -44,14 +28,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
     activation_checkpointing: bool = False
 
-    @property
-    def attention_kind(self) -> str:
-        """mla, mha, gqa or mqa."""
-        if self.attention.kv_compressed_dim is not None:
-            return "mla"
-        return {1: "mqa", self.num_heads: "mha", None: "mha"}.get(self.attention.num_kv_heads, "gqa")
-
-    def layer_config(self) -> MLAConfig | MHAConfig:
+    def layer_config(self) -> LayerConfig:
         """The configuration of each block's attention, checked."""
         for name in ("num_layers", "d_model", "num_heads", "seq_len", "ff_hidden"):
             if getattr(self, name) < 1:
@@ -60,35 +37,29 @@ class TransformerConfig:
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if not 0 < self.norm_eps < 1:
             raise UserError(f"model.norm_eps={self.norm_eps} must be above 0 and below 1")
-        shared = {
-            "d_model": self.d_model,
-            "num_heads": self.num_heads,
-            "seq_len": self.seq_len,
-            "dropout": self.dropout,
-            "use_bias": self.use_bias,
-            "rope_base": self.attention.rope_base,
-            "yarn": self.attention.yarn,
-        }
-        a = self.attention
-        if self.attention_kind != "mla":
-            mla_alone = ("q_compressed_dim", "rope_dim", "nope_dim", "value_dim", "rope_frequencies")
-            self._refuse(mla_alone, "MLA, which sets kv_compressed_dim")
-            return MHAConfig(**shared, num_kv_heads=a.num_kv_heads)
-        self._refuse(("num_kv_heads",), "MHA, GQA and MQA; MLA's heads share one latent of kv_compressed_dim")
-        if a.rope_dim is None:
-            raise UserError("model.attention.rope_dim is missing: MLA needs it beside kv_compressed_dim")
-        return MLAConfig(
-            **shared,
-            kv_compressed_dim=a.kv_compressed_dim,
-            q_compressed_dim=a.q_compressed_dim,
-            rope_dim=a.rope_dim,
-            nope_dim=a.nope_dim,
-            value_dim=a.value_dim,
-            latent_norm=a.latent_norm,
-            rope_frequencies=a.rope_frequencies,
+        if self.attention.kind not in KINDS:
+            raise UserError(f"model.attention.kind={self.attention.kind} is unknown: one of {', '.join(KINDS)}")
+        kind = KINDS[self.attention.kind]
+        own = {option.name: getattr(self.attention, option.name) for option in fields(kind.options)}
+        self._refuse_options_of_others(own)
+        return kind.layer_config(
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            seq_len=self.seq_len,
+            dropout=self.dropout,
+            use_bias=self.use_bias,
+            rope_base=self.attention.rope_base,
+            yarn=self.attention.yarn,
+            **own,
         )
 
-    def _refuse(self, names: tuple[str, ...], owner: str) -> None:
-        for name in names:
-            if getattr(self.attention, name) is not None:
-                raise UserError(f"model.attention.{name} is set, but belongs to {owner}")
+    def _refuse_options_of_others(self, own: dict) -> None:
+        shared = {option.name for option in fields(SharedOptions)}
+        for option in fields(AttentionConfig):
+            if option.name in own or option.name in shared or getattr(self.attention, option.name) == option.default:
+                continue
+            owners = [name for name, kind in KINDS.items() if option.name in {o.name for o in fields(kind.options)}]
+            raise UserError(
+                f"model.attention.{option.name} is set, but belongs to kind {' or '.join(owners)}, "
+                f"and model.attention.kind={self.attention.kind}"
+            )

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mla_lm.attention import MHA, MLA, MLAConfig
+from mla_lm.attention import KINDS
 from mla_lm.attention.documents import Documents
 from mla_lm.attention.kv_cache import LayerCache
 from mla_lm.attention.linear import Linear
@@ -29,9 +29,8 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        layer_config = config.layer_config()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = MLA(layer_config) if isinstance(layer_config, MLAConfig) else MHA(layer_config)
+        self.attention = KINDS[config.attention.kind].layer(config.layer_config())
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 

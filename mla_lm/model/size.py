@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from mla_lm.attention import MLAConfig
+from mla_lm.attention import AttentionConfig
 from mla_lm.errors import UserError
-from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.model.config import TransformerConfig
 from mla_lm.model.transformer import Transformer
 
 
@@ -38,20 +38,14 @@ def model_size(config: TransformerConfig) -> ModelSize:
     parameters = sum(p.numel() for p in model.parameters())
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     layer = config.layer_config()
-    if isinstance(layer, MLAConfig):
-        qk_dim, value_dim = layer.nope_dim + layer.rope_dim, layer.value_dim
-        cached = layer.kv_compressed_dim + layer.rope_dim
-    else:
-        qk_dim = value_dim = config.d_model // config.num_heads
-        cached = 2 * layer.num_kv_heads * qk_dim
     keys_seen = (config.seq_len + 1) / 2  # by a query, on average
-    attention = config.num_layers * config.num_heads * keys_seen * (qk_dim + value_dim)
+    attention = config.num_layers * keys_seen * layer.macs_per_key
     return ModelSize(
-        attention=config.attention_kind,
+        attention=config.attention.kind,
         parameters=parameters,
         non_embedding_parameters=parameters - model.embedding.weight.numel(),
         flops_per_token=3 * 2 * (matrices + attention),
-        cache_elements_per_token_per_layer=cached,
+        cache_elements_per_token_per_layer=layer.cached_elements,
     )
 
 
@@ -63,9 +57,9 @@ def same_size_as(config: TransformerConfig) -> list[ModelSize]:
     sizes = [model_size(config)]
     heads = config.num_heads
     grouped = max(d for d in range(1, max(2, heads // 4) + 1) if heads % d == 0)
-    for num_kv_heads in (heads, grouped, 1):
-        other = replace(config, attention=AttentionConfig(num_kv_heads=num_kv_heads))
-        with suppress(UserError):  # heads of an odd size serve MLA, whose rotated part is apart, but not the others
-            if other.attention_kind not in [s.attention for s in sizes]:
+    for kind, num_kv_heads in (("mha", heads), ("gqa", grouped), ("mqa", 1)):
+        other = replace(config, attention=AttentionConfig(kind=kind, num_kv_heads=num_kv_heads))
+        if kind != config.attention.kind:
+            with suppress(UserError):  # few heads have no groups, and heads of an odd size cannot be rotated whole
                 sizes.append(model_size(other))
     return sizes

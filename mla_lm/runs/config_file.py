@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 
+from mla_lm.attention.gqa import kind_of_heads
 from mla_lm.config import TrainConfig
 from mla_lm.errors import UserError
 
@@ -41,9 +42,14 @@ def read_config(path: Path) -> TrainConfig:
     if not isinstance(content, dict) or "model" not in content:
         raise UserError(f"{path} is not the configuration of a run")
     try:
-        return from_plain(content, TrainConfig)
+        config = from_plain(content, TrainConfig)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    attention = content["model"].get("attention", {})
+    if "kind" not in attention:  # of a run from before it was written down
+        own, heads = config.model.attention, config.model.num_heads
+        own.kind = "mla" if own.kv_compressed_dim is not None else kind_of_heads(own.num_kv_heads, heads)
+    return config
 
 
 def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:

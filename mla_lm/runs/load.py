@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer
 
-from mla_lm.attention import MLAConfig
 from mla_lm.config import TrainConfig
 from mla_lm.data.tokenizer import load_tokenizer, vocabulary_size
 from mla_lm.errors import UserError
@@ -89,8 +88,7 @@ def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor],
 
 def check_tables(config: TransformerConfig) -> None:
     """Raises UserError where the tables of RoPE, which are in no checkpoint, are larger than this machine's memory."""
-    layer = config.layer_config()
-    dim = layer.rope_dim if isinstance(layer, MLAConfig) else config.d_model // config.num_heads
+    dim = config.layer_config().rotated_dim
     needed, there = 4 * config.num_layers * config.seq_len * dim, memory_bytes()
     if needed > there:
         raise UserError(

@@ -32,7 +32,7 @@ def size_table(config: TrainConfig, dtype: torch.dtype) -> str:
 def _size_row(size: ModelSize, config: TrainConfig, dtype: torch.dtype, mha_elements: int) -> tuple[str, ...]:
     cache = size.cache_bytes_per_token(config.model.num_layers, dtype)
     return (
-        ("> " if size.attention == config.model.attention_kind else "  ") + size.attention,
+        ("> " if size.attention == config.model.attention.kind else "  ") + size.attention,
         f"{size.parameters:,}",
         f"{size.flops_per_token / 1e6:,.1f}M",
         f"{cache:,}",

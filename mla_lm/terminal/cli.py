@@ -83,7 +83,11 @@ def check_arguments(arguments: list[str], groups: Collection[str]) -> None:
     """
     parser = get_args_parser()
     parser.error = Parser.error.__get__(parser)
-    for override in OverridesParser.create().parse_overrides(parser.parse_args(arguments).overrides):
+    parsed = parser.parse_args(arguments)
+    asked = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(parsed, name)]
+    if len(asked) > 1:
+        raise UserError(f"--{' and --'.join(asked)} do not go together: give one of them")
+    for override in OverridesParser.create().parse_overrides(parsed.overrides):
         if not override.key_or_group:
             raise UserError(f"{override.input_line}: overrides are written key=value, or group=option")
         chooses = override.key_or_group in groups and not (override.is_sweep_override() or override.is_delete())

@@ -31,7 +31,7 @@ MLA = TransformerConfig(
     num_heads=6,
     ff_hidden=1024,
     vocab_size=4096,
-    attention=AttentionConfig(kv_compressed_dim=128, rope_dim=32, nope_dim=32, value_dim=64),
+    attention=AttentionConfig(kind="mla", kv_compressed_dim=128, rope_dim=32, nope_dim=32, value_dim=64),
 )
 MHA = replace(MLA, attention=AttentionConfig(), ff_hidden=880)  # as many parameters
 PEERS = ("transformers", "transformers' steps", "mha")

@@ -168,7 +168,12 @@ def our_config(kind: str, args: argparse.Namespace) -> TransformerConfig:
     if kind == "mha":
         return mha
     rope_dim = head_dim // 4 * 2
-    attention = AttentionConfig(_in_sixteens(d_model / 3), rope_dim=rope_dim, nope_dim=head_dim - rope_dim)
+    attention = AttentionConfig(
+        kind="mla",
+        kv_compressed_dim=_in_sixteens(d_model / 3),
+        rope_dim=rope_dim,
+        nope_dim=head_dim - rope_dim,
+    )
     mla = replace(mha, attention=attention)
     saved = model_size(mha).parameters - model_size(mla).parameters
     return replace(mla, ff_hidden=_in_sixteens(mla.ff_hidden + saved / (3 * d_model * args.layers)))

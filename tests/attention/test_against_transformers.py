@@ -8,6 +8,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, L
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
 from mla_lm.attention import YarnConfig
+from mla_lm.attention.gqa import kind_of_heads
 
 SIZES = {"num_layers": 2, "d_model": 64, "num_heads": 4, "seq_len": 32, "ff_hidden": 96, "vocab_size": 101}
 SHARED = {
@@ -76,7 +77,12 @@ def assert_equal_logits(ours: Transformer, theirs, layer_names: dict[str, str]) 
 def test_mla_is_deepseek_v3(q_compressed_dim, nope_dim, value_dim):
     ours = model_with_random_weights(
         AttentionConfig(
-            kv_compressed_dim=24, q_compressed_dim=q_compressed_dim, rope_dim=8, nope_dim=nope_dim, value_dim=value_dim
+            kind="mla",
+            kv_compressed_dim=24,
+            q_compressed_dim=q_compressed_dim,
+            rope_dim=8,
+            nope_dim=nope_dim,
+            value_dim=value_dim,
         )
     )
     config = DeepseekV3Config(
@@ -98,7 +104,9 @@ def test_mla_is_deepseek_v3(q_compressed_dim, nope_dim, value_dim):
 @pytest.mark.parametrize("original_seq_len", [8, 200])
 def test_mla_with_yarn_is_deepseek_v3(mscale, mscale_all_dim, original_seq_len):
     yarn = YarnConfig(4.0, original_seq_len, beta_fast=16.0, mscale=mscale, mscale_all_dim=mscale_all_dim)
-    ours = model_with_random_weights(AttentionConfig(kv_compressed_dim=24, rope_dim=16, nope_dim=8, yarn=yarn))
+    ours = model_with_random_weights(
+        AttentionConfig(kind="mla", kv_compressed_dim=24, rope_dim=16, nope_dim=8, yarn=yarn)
+    )
     scaling = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -128,7 +136,9 @@ def test_mla_with_yarn_is_deepseek_v3(mscale, mscale_all_dim, original_seq_len):
 def test_mha_with_yarn_is_llama(num_kv_heads):
     """Its scores are sharpened through the cosines and sines alone, which all of its dimensions go through."""
     yarn = YarnConfig(4.0, 8, mscale=0.8, mscale_all_dim=0.3)
-    ours = model_with_random_weights(AttentionConfig(num_kv_heads=num_kv_heads, yarn=yarn))
+    ours = model_with_random_weights(
+        AttentionConfig(kind=kind_of_heads(num_kv_heads, 4), num_kv_heads=num_kv_heads, yarn=yarn)
+    )
     scaling = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
     scaling["attention_factor"] = 0.1 * 0.8 * math.log(4.0) + 1
     theirs = LlamaForCausalLM(LlamaConfig(**{**SHARED, "rope_parameters": scaling}, num_key_value_heads=num_kv_heads))
@@ -137,6 +147,6 @@ def test_mha_with_yarn_is_llama(num_kv_heads):
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 def test_mha_gqa_and_mqa_are_llama(num_kv_heads):
-    ours = model_with_random_weights(AttentionConfig(num_kv_heads=num_kv_heads))
+    ours = model_with_random_weights(AttentionConfig(kind=kind_of_heads(num_kv_heads, 4), num_kv_heads=num_kv_heads))
     theirs = LlamaForCausalLM(LlamaConfig(**SHARED, num_key_value_heads=num_kv_heads))
     assert_equal_logits(ours, theirs, MHA_NAMES)

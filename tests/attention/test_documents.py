@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,25 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mla_lm import AttentionConfig, Transformer, TransformerConfig
-from mla_lm.attention import documents
+from mla_lm import AttentionConfig, Transformer
+from mla_lm.attention import KINDS, documents
 from mla_lm.attention.documents import Documents
 from mla_lm.attention.sdpa import causal_attention
 from tests.attention.test_sdpa import BACKWARD, FORWARD, AttentionOps
+from tests.kinds import config_of
 
 END = 7  # which begins a document
-KINDS = {
-    "mla": AttentionConfig(kv_compressed_dim=12, rope_dim=4, nope_dim=4, value_dim=8),
-    "mla of unequal heads": AttentionConfig(kv_compressed_dim=12, q_compressed_dim=10, rope_dim=4),
-    "mha": AttentionConfig(),
-    "gqa": AttentionConfig(num_kv_heads=2),
-    "mqa": AttentionConfig(num_kv_heads=1),
-}
+UNEQUAL = AttentionConfig(kind="mla", kv_compressed_dim=12, q_compressed_dim=10, rope_dim=4)  # heads of 36 and 32
+CONFIGS = {kind: config_of(kind) for kind in KINDS} | {"mla of unequal heads": config_of("mla", attention=UNEQUAL)}
 
 
 def model_of(kind: str, document_token: int | None = END, **changes) -> Transformer:
     torch.manual_seed(0)
-    config = TransformerConfig(2, 32, 4, 24, 48, KINDS[kind], vocab_size=8, document_token=document_token, **changes)
+    config = replace(CONFIGS[kind], seq_len=24, vocab_size=8, document_token=document_token, **changes)
     model = Transformer(config)
     for parameter in model.parameters():  # as they begin, attention would hardly matter
         torch.nn.init.normal_(parameter, std=0.3)
@@ -51,7 +48,7 @@ def test_where_documents_begin():
     assert found.positions.tolist() == [[0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 @settings(max_examples=15, deadline=None)
 @given(
     rows=st.integers(1, 24).flatmap(
@@ -65,7 +62,7 @@ def test_equal_to_separate_forward_passes(kind, rows):
     torch.testing.assert_close(model(tokens), torch.stack(apart), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_separate_passes(kind, checkpointing):
     model = model_of(kind, activation_checkpointing=checkpointing)
@@ -84,7 +81,7 @@ def test_gradients_are_those_of_separate_passes(kind, checkpointing):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_another_document_changes_nothing(kind):
     model, one = model_of(kind), windows("123457654321", "123457654321")
     other = copy.deepcopy(one)
@@ -93,7 +90,7 @@ def test_another_document_changes_nothing(kind):
     torch.testing.assert_close(model(one)[:, 5:], model(other)[:, 5:], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_decoding_a_document_gives_what_training_saw(kind):
     model = model_of(kind).eval()
     tokens = windows("123457654321")
@@ -103,7 +100,7 @@ def test_decoding_a_document_gives_what_training_saw(kind):
         torch.testing.assert_close(decoded, model(tokens)[:, 5:], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_fused_for_every_document(kind):
     model = model_of(kind)
     with AttentionOps() as ops:

@@ -16,6 +16,7 @@ from scripts import compare, generate
 from tests.conftest import ROOT, SMALL, call_main, refused, succeeded, summary_of
 
 MISTAKES = [
+    (["--cfg=job", "-m"], ["--multirun and --cfg"]),
     (["model=mla_smal"], ["mla_smal", "mla_small"]),
     (["trainer.max_step=3"], ["trainer.max_step", "trainer.max_steps"]),
     (["max_steps=3"], ["max_steps", "trainer.max_steps"]),

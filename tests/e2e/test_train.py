@@ -81,7 +81,8 @@ PLAIN_ATTENTION = (
 @pytest.mark.parametrize(("kind", "elements"), [("mla", 20), ("mha", 128), ("gqa", 64), ("mqa", 32)])
 def test_every_attention_kind(train, tmp_path, kind, elements):
     kv_heads = {"mha": 4, "gqa": 2, "mqa": 1}
-    plain = () if kind == "mla" else (*PLAIN_ATTENTION, f"model.attention.num_kv_heads={kv_heads[kind]}")
+    of_kind = (f"model.attention.kind={kind}", *PLAIN_ATTENTION, f"model.attention.num_kv_heads={kv_heads.get(kind)}")
+    plain = () if kind == "mla" else of_kind
     result = succeeded(train(*plain, "hydra.run.dir=run"))
     run = tmp_path / "run"
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
@@ -110,7 +111,7 @@ def test_every_attention_kind(train, tmp_path, kind, elements):
     assert [line.split()[0] for line in end] == ["run", "resume", "sample", "compare"]
 
     model, tokenizer, config = mla_lm.load_run(run)
-    assert config.model.attention_kind == kind
+    assert config.model.attention.kind == kind
     tokens = torch.tensor([tokenizer.encode("def main():").ids])
     with torch.no_grad():
         assert model(tokens).shape == (1, tokens.size(1), summary_vocabulary(run))

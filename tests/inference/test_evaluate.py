@@ -19,7 +19,7 @@ BYTES = torch.tensor([0, *range(1, VOCAB)])
 @pytest.fixture(scope="module")
 def net() -> Transformer:
     torch.manual_seed(0)
-    attention = AttentionConfig(kv_compressed_dim=8, rope_dim=4)
+    attention = AttentionConfig(kind="mla", kv_compressed_dim=8, rope_dim=4)
     config = TransformerConfig(
         num_layers=2, d_model=16, num_heads=2, seq_len=SEQ_LEN, ff_hidden=16, attention=attention, vocab_size=VOCAB
     )

@@ -12,41 +12,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm import Transformer
+from mla_lm.attention import KINDS
 from mla_lm.errors import UserError
 from mla_lm.inference.generate import NOTHING, generate, penalize, token_weights
-
-KINDS = {
-    "mla": AttentionConfig(kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4),
-    "mha": AttentionConfig(),
-    "gqa": AttentionConfig(num_kv_heads=2),
-    "mqa": AttentionConfig(num_kv_heads=1),
-}
+from tests import kinds
+from tests.kinds import spread
 
 
 def model_of(kind: str, seq_len: int = 24) -> Transformer:
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig(2, 32, 4, seq_len, 48, KINDS[kind], vocab_size=61, tie_embeddings=False))
-    for parameter in model.parameters():  # so that the likeliest token depends on the context
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    return model.eval()
+    """The likeliest token depends on the context."""
+    return spread(kinds.model_of(kind, seq_len=seq_len, tie_embeddings=False), std=0.2)
 
 
 def sample(model, prompts, max_tokens, **options) -> torch.Tensor:
     return torch.stack(list(generate(model, prompts, max_tokens, **options)), dim=1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prompt_length", [1, 7])
-def test_greedy_is_full_recomputation(kind, prompt_length):
-    model, prompts = model_of(kind), torch.randint(61, (3, prompt_length))
-    tokens = prompts
-    with torch.no_grad():
-        for _ in range(15):
-            tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), dim=1)
-    continued = sample(model, prompts, 15, temperature=0)
-    assert torch.equal(continued, tokens[:, prompt_length:])
-    assert len(continued.unique()) > 5
 
 
 def test_each_prompt_of_a_batch_as_if_alone():

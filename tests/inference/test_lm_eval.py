@@ -29,8 +29,8 @@ SEQ_LEN = 96
 TEXT = Path(json.__file__).read_text()
 TOKENIZER = build_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), [TEXT])
 MODELS = {
-    "mla": AttentionConfig(kv_compressed_dim=24, rope_dim=8, nope_dim=8),
-    "gqa": AttentionConfig(num_kv_heads=2),
+    "mla": AttentionConfig(kind="mla", kv_compressed_dim=24, rope_dim=8, nope_dim=8),
+    "gqa": AttentionConfig(kind="gqa", num_kv_heads=2),
 }
 LONG = TEXT[:1000]  # a multiple of seq_len
 CHOICE = """

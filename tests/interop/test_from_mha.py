@@ -14,7 +14,7 @@ HEAD_DIM = 8
 
 def model_of(kind: str, **changes) -> Transformer:
     torch.manual_seed(0)
-    attention = AttentionConfig(num_kv_heads=HEADS[kind])
+    attention = AttentionConfig(kind=kind, num_kv_heads=HEADS[kind])
     model = Transformer(TransformerConfig(2, 32, 4, 24, 48, attention, vocab_size=61, **changes)).eval()
     for name, parameter in model.named_parameters():  # as they begin, attention would hardly matter
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
@@ -39,7 +39,7 @@ def test_full_rank_and_all_rotated_is_the_same_model(kind, use_bias):
     model = model_of(kind, use_bias=use_bias)
     keys = HEADS[kind] * HEAD_DIM
     converted = convert(model, text(), kv_compressed_dim=keys, rope_dim=keys)
-    assert converted.config.attention_kind == "mla"
+    assert converted.config.attention.kind == "mla"
     with torch.no_grad():
         expected = model(text())
         assert expected.std() > 0.5
@@ -97,7 +97,7 @@ def test_refusals():
         convert(model, text(), 8, 6, plain_rope=True)
     with pytest.raises(UserError, match=r"kv_compressed_dim=33 .* at most 32"):
         convert(model, text(), 33, 8)
-    with pytest.raises(UserError, match="MLA already"):
+    with pytest.raises(UserError, match="of kind mla: give an MHA"):
         convert(convert(model, text(), 8, 8), text(), 8, 8)
     extended = replace(model.config.attention, yarn=replace(model.config.attention.yarn, factor=4.0))
     with pytest.raises(UserError, match=r"yarn\.factor=4"):

@@ -13,17 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mla_lm import AttentionConfig, Transformer, TransformerConfig, UserError
 from mla_lm.model.memory import training_memory
 from mla_lm.model.size import model_size, same_size_as
-from tests.test_presets import preset
+from tests.kinds import preset_of
 
-KINDS = {
-    "mla": AttentionConfig(kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4, nope_dim=4),
-    "mla direct query": AttentionConfig(kv_compressed_dim=16, rope_dim=8, nope_dim=8, value_dim=16),
-    "mha": AttentionConfig(),
-    "gqa": AttentionConfig(num_kv_heads=2),
-    "mqa": AttentionConfig(num_kv_heads=1),
-}
+MLA = AttentionConfig(kind="mla", kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4, nope_dim=4)
 CONFIG = TransformerConfig(num_layers=3, d_model=32, num_heads=4, seq_len=16, ff_hidden=48, vocab_size=61)
-each_kind = pytest.mark.parametrize("attention", KINDS.values(), ids=KINDS)
 
 
 def counted(model, tokens, backend) -> int:
@@ -32,23 +25,10 @@ def counted(model, tokens, backend) -> int:
     return counter.get_total_flops()
 
 
-@each_kind
-@pytest.mark.parametrize("tied", [True, False])
-def test_flops_of_a_training_step(attention, tied):
-    config = replace(CONFIG, attention=attention, tie_embeddings=tied)
-    model, tokens = Transformer(config), torch.randint(61, (2, 16))
-    # PyTorch's counter does not know the fused CPU kernel, so it sees all other products alone. It knows those of the
-    # math path, whose scores are the whole 16 x 16: of these, a causal model needs 1 + 2 + ... + 16 = 16 * 17 / 2.
-    others = counted(model, tokens, SDPBackend.FLASH_ATTENTION)
-    attended = counted(model, tokens, SDPBackend.MATH) - others
-    assert attended > 0
-    assert model_size(config).flops_per_token * tokens.numel() == others + attended * 17 / 32
-
-
 @pytest.mark.parametrize("name", ["mla_small", "mha_small", "gqa_small", "mqa_small", "mla_serving"])
 def test_flops_of_the_presets(name):
     """On tensors without data, by the same two counts; mla_serving has heads of 192 for queries and 128 for values."""
-    config = replace(preset(name), num_layers=2, vocab_size=4096)
+    config = replace(preset_of(name), num_layers=2, vocab_size=4096)
     with FakeTensorMode():
         model, tokens = Transformer(config), torch.zeros(2, config.seq_len, dtype=torch.long)
         others = counted(model, tokens, SDPBackend.FLASH_ATTENTION)
@@ -62,40 +42,24 @@ def test_flops_of_the_presets(name):
 
 def test_padding_of_unequal_heads_is_not_counted():
     # nope_dim + rope_dim = 12 against value_dim = 8: the kernel gets 12 and 12, of which 12 + 8 are needed.
-    config = replace(CONFIG, attention=AttentionConfig(kv_compressed_dim=16, rope_dim=4))
+    config = replace(CONFIG, attention=AttentionConfig(kind="mla", kv_compressed_dim=16, rope_dim=4))
     model, tokens = Transformer(config), torch.randint(61, (2, 16))
     others = counted(model, tokens, SDPBackend.FLASH_ATTENTION)
     attended = counted(model, tokens, SDPBackend.MATH) - others
     assert model_size(config).flops_per_token * tokens.numel() == others + attended * 20 * 17 / (24 * 32)
 
 
-@each_kind
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameters(attention, tied):
-    config = replace(CONFIG, attention=attention, tie_embeddings=tied)
-    model, size = Transformer(config), model_size(config)
-    assert size.parameters == sum(p.numel() for p in model.parameters())
-    assert size.non_embedding_parameters == size.parameters - 61 * 32
-
-
-@each_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache(attention, dtype):
-    config = replace(CONFIG, attention=attention)
-    cache, size = Transformer(config).new_cache(2, 10, dtype), model_size(config)
-    assert size.cache_bytes_per_token(3, dtype) == cache.nbytes / (2 * 10)
-    assert size.cache_elements_per_token_per_layer * 3 * dtype.itemsize == cache.nbytes / (2 * 10)
-
-
 def test_a_model_too_large_to_allocate():
-    attention = AttentionConfig(kv_compressed_dim=512, q_compressed_dim=1536, rope_dim=64, nope_dim=128, value_dim=128)
+    attention = AttentionConfig(
+        kind="mla", kv_compressed_dim=512, q_compressed_dim=1536, rope_dim=64, nope_dim=128, value_dim=128
+    )
     size = model_size(TransformerConfig(60, 16384, 128, 1024, 65536, attention, vocab_size=100_000))
     assert size.parameters > 200e9
     assert size.cache_elements_per_token_per_layer == 576  # section 2.1.4
 
 
 def test_peers():
-    sizes = same_size_as(replace(CONFIG, num_heads=8, attention=KINDS["mla"]))
+    sizes = same_size_as(replace(CONFIG, num_heads=8, attention=MLA))
     assert [s.attention for s in sizes] == ["mla", "mha", "gqa", "mqa"]
     assert [s.cache_elements_per_token_per_layer for s in sizes] == [20, 64, 16, 8]
     assert [s.attention for s in same_size_as(CONFIG)] == ["mha", "gqa", "mqa"]
@@ -103,7 +67,7 @@ def test_peers():
 
 @pytest.mark.parametrize("num_heads", [1, 2, 3, 4, 6, 9, 10, 14, 18])
 def test_peers_exist_for_any_number_of_heads(num_heads):
-    sizes = same_size_as(replace(CONFIG, d_model=4 * num_heads, num_heads=num_heads, attention=KINDS["mla"]))
+    sizes = same_size_as(replace(CONFIG, d_model=4 * num_heads, num_heads=num_heads, attention=MLA))
     assert {"mla", "mha"} <= {s.attention for s in sizes}
 
 

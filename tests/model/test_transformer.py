@@ -8,27 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mla_lm import AttentionConfig, Transformer, TransformerConfig, UserError
+from mla_lm import AttentionConfig, Transformer, UserError
 from mla_lm.hardware import DTYPES, inference_autocast
 from mla_lm.model.layers import Block
-
-KINDS = {
-    "mla": AttentionConfig(kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4),
-    "mha": AttentionConfig(),
-    "gqa": AttentionConfig(num_kv_heads=2),
-    "mqa": AttentionConfig(num_kv_heads=1),
-}
-each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def config_of(kind: str, **changes) -> TransformerConfig:
-    sizes = {"num_layers": 2, "d_model": 32, "num_heads": 4, "seq_len": 16, "ff_hidden": 48, "vocab_size": 61}
-    return TransformerConfig(**{**sizes, "attention": KINDS[kind], **changes})
-
-
-def model_of(kind: str, **changes) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(config_of(kind, **changes))
+from tests.kinds import config_of, each_kind, model_of
 
 
 def tokens_and_targets(batch: int = 2, length: int = 16):
@@ -37,32 +20,15 @@ def tokens_and_targets(batch: int = 2, length: int = 16):
 
 
 @each_kind
-def test_logits_loss_and_kind(kind):
+def test_logits_and_loss(kind):
     model = model_of(kind)
     tokens, targets = tokens_and_targets()
     logits, losses = model(tokens), model(tokens, targets, reduction="none")
-    assert config_of(kind).attention_kind == kind
     assert logits.shape == (2, 16, 61)
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 16)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(model(tokens, targets), expected.mean())
-    assert abs(expected.mean().item() - torch.tensor(61.0).log().item()) < 0.1  # a new model knows nothing
-
-
-@each_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cache_equals_full_forward_and_has_the_formulas_bytes(kind, dtype):
-    model = model_of(kind).eval().to(dtype)
-    tokens, _ = tokens_and_targets()
-    cache = model.new_cache(2)
-    with torch.no_grad():
-        logits = torch.cat([model(part, cache=cache) for part in tokens.split([5, 1, 1, 9], dim=1)], dim=1)
-        tolerance = 1e-5 if dtype == torch.float32 else 0.05
-        torch.testing.assert_close(logits, model(tokens), rtol=tolerance, atol=tolerance)
-    elements = {"mla": 16 + 4, "mha": 2 * 4 * 8, "gqa": 2 * 2 * 8, "mqa": 2 * 8}[kind]
-    assert cache.length == 16
-    assert cache.nbytes == 2 * 16 * 2 * elements * dtype.itemsize  # batch, tokens, layers
-    assert model.new_cache(3, max_len=5, dtype=torch.bfloat16).nbytes == 3 * 5 * 2 * elements * 2
+    assert abs(expected.mean().item() - torch.tensor(61.0).log().item()) < 0.3  # a new model knows nothing
 
 
 @each_kind
@@ -104,14 +70,6 @@ def test_dropout_only_in_training(kind):
     assert not torch.equal(model(tokens), model(tokens))
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
-
-
-def test_last_token_changes_no_earlier_logits():
-    model = model_of("mla").eval()
-    tokens, _ = tokens_and_targets(1)
-    changed = tokens.clone()
-    changed[:, -1] = (tokens[:, -1] + 1) % 61
-    assert torch.equal(model(tokens)[:, :-1], model(changed)[:, :-1])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -185,7 +143,7 @@ def test_bf16_weights_keep_exact_positions():
 @each_kind
 def test_block_compiles_to_one_graph_once(kind):
     torch._dynamo.reset()
-    block, x = Block(config_of(kind, dropout=0.1)), torch.randn(2, 16, 32)
+    block, x = Block(config_of(kind, dropout=0.1)), torch.randn(2, 16, 128)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     block.eval()
     with torch.autocast("cpu", torch.bfloat16), torch._dynamo.config.patch(error_on_recompile=True):
@@ -208,23 +166,10 @@ def test_compiled_model_breaks_at_the_loss_alone():
     compiled = torch.compile(model, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True):
         losses = [compiled(tokens, targets) for _ in range(3)]
-    assert [out[0].shape for out in outputs] == [(2, 16, 32)] * 3  # from the embedding to the last norm
+    assert [out[0].shape for out in outputs] == [(2, 16, 128)] * 3  # from the embedding to the last norm
     torch.testing.assert_close(losses[-1], expected)
     losses[-1].backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-@each_kind
-def test_learns(kind):
-    model = model_of(kind)
-    tokens, targets = tokens_and_targets(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        loss = model(tokens, targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.5
 
 
 def test_too_many_tokens():
@@ -235,15 +180,18 @@ def test_too_many_tokens():
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        (AttentionConfig(rope_dim=4), "rope_dim is set, but belongs to MLA"),
-        (AttentionConfig(num_kv_heads=2, q_compressed_dim=4), "q_compressed_dim is set, but belongs to MLA"),
-        (AttentionConfig(nope_dim=4), "nope_dim is set, but belongs to MLA"),
-        (AttentionConfig(value_dim=4), "value_dim is set, but belongs to MLA"),
-        (AttentionConfig(kv_compressed_dim=8, rope_dim=4, num_kv_heads=2), "num_kv_heads is set, but belongs to MHA"),
-        (AttentionConfig(kv_compressed_dim=8), "rope_dim is missing"),
-        (AttentionConfig(kv_compressed_dim=8, rope_dim=3), "rope_dim=3 must be even"),
-        (AttentionConfig(kv_compressed_dim=0, rope_dim=4), "kv_compressed_dim=0 must be at least 1"),
-        (AttentionConfig(num_kv_heads=3), "not divisible by num_kv_heads=3"),
+        (AttentionConfig(rope_dim=4), "rope_dim is set, but belongs to kind mla"),
+        (AttentionConfig(kind="gqa", num_kv_heads=2, q_compressed_dim=4), "q_compressed_dim is set, but belongs to"),
+        (AttentionConfig(kind="mla", kv_compressed_dim=8, rope_dim=4, num_kv_heads=2), "belongs to kind mha or gqa or"),
+        (AttentionConfig(kind="mla", kv_compressed_dim=8), "rope_dim is missing"),
+        (AttentionConfig(kind="mla", rope_dim=4), "kv_compressed_dim is missing"),
+        (AttentionConfig(kind="mla", kv_compressed_dim=8, rope_dim=3), "rope_dim=3 must be even"),
+        (AttentionConfig(kind="mla", kv_compressed_dim=0, rope_dim=4), "kv_compressed_dim=0 must be at least 1"),
+        (AttentionConfig(kind="gqa", num_kv_heads=3), "not divisible by num_kv_heads=3"),
+        (AttentionConfig(kind="gqa", num_kv_heads=4), "num_kv_heads=4 of 4 heads is not gqa"),
+        (AttentionConfig(kind="gqa"), "num_kv_heads=None of 4 heads is not gqa"),
+        (AttentionConfig(kind="mqa", num_kv_heads=2), "num_kv_heads=2 of 4 heads is not mqa: it must be 1"),
+        (AttentionConfig(num_kv_heads=2), "num_kv_heads=2 of 4 heads is not mha: it must be num_heads"),
         (AttentionConfig(num_kv_heads=0), "num_kv_heads=0 must be at least 1"),
     ],
 )
@@ -268,14 +216,9 @@ def test_sizes_that_cannot_be(changes, message):
         Transformer(config_of("mla", **changes))
 
 
-def test_one_head_is_mha():
-    assert config_of("mha", num_heads=1, attention=AttentionConfig(num_kv_heads=1)).attention_kind == "mha"
-    assert config_of("mha", attention=AttentionConfig(num_kv_heads=4)).attention_kind == "mha"
-
-
 def test_feed_forward_is_swiglu():
     feed_forward = model_of("mha").blocks[0].feed_forward
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 128)
     gate, up, down = (m.weight for m in feed_forward.children() if isinstance(m, nn.Linear))
     z = x @ gate.T
     torch.testing.assert_close(feed_forward(x), (z * torch.sigmoid(z) * (x @ up.T)) @ down.T)

@@ -12,7 +12,7 @@ from mla_lm.optim import muon
 from mla_lm.optim.muon import MuonAdamW, orthogonalize
 from mla_lm.optim.optimizer import OptimizerConfig, build_optimizer
 
-ATTENTION = AttentionConfig(kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4)
+ATTENTION = AttentionConfig(kind="mla", kv_compressed_dim=16, q_compressed_dim=12, rope_dim=4)
 
 
 def model_of(**changes) -> Transformer:

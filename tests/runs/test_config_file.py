@@ -1,6 +1,7 @@
 """config.yaml: every configuration comes back from it as it was, and a file of others is plain data at most."""
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -77,6 +78,25 @@ def test_what_earlier_versions_wrote(file):
     del plain["logger"], plain["data"]["prompts"]
     file.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
     assert read_config(file) == config
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind"),
+    [
+        ({"kv_compressed_dim": 64, "rope_dim": 16}, "mla"),
+        ({"num_kv_heads": None}, "mha"),
+        ({"num_kv_heads": 8}, "mha"),
+        ({"num_kv_heads": 2}, "gqa"),
+        ({"num_kv_heads": 1}, "mqa"),
+        ({}, "mha"),
+    ],
+)
+def test_the_kind_of_attention_of_earlier_runs(file, attention, kind):
+    """They did not write it down; a run that does is not asked for its sizes."""
+    file.write_text(yaml.safe_dump({"model": {"num_heads": 8, "attention": attention}}))
+    assert read_config(file).model.attention.kind == kind
+    file.write_text(yaml.safe_dump({"model": {"num_heads": 8, "attention": {**attention, "kind": "mqa"}}}))
+    assert read_config(file).model.attention.kind == "mqa"
 
 
 def test_numbers_as_people_write_them(file):

@@ -21,7 +21,7 @@ TINY = {"num_layers": 2, "d_model": 48, "ff_hidden": 64, "vocab_size": 61}
 
 @pytest.fixture
 def tiny(monkeypatch):
-    attention = AttentionConfig(kv_compressed_dim=16, rope_dim=16, nope_dim=4, value_dim=8)
+    attention = AttentionConfig(kind="mla", kv_compressed_dim=16, rope_dim=16, nope_dim=4, value_dim=8)
     monkeypatch.setattr(decode, "MLA", replace(decode.MLA, **TINY, attention=attention))
     monkeypatch.setattr(decode, "MHA", replace(decode.MHA, **TINY))
     monkeypatch.setattr(decode, "LARGE", 2**20)
@@ -53,7 +53,7 @@ def test_compiled_it_makes_the_same_tokens(tiny, tmp_path, monkeypatch):
     asked = set()
 
     def watched(model, *args, **options):
-        asked.add((model.config.attention_kind, options["compiled"]))
+        asked.add((model.config.attention.kind, options["compiled"]))
         return generate(model, *args, **options)
 
     monkeypatch.setattr(decode, "generate", watched)

@@ -165,7 +165,9 @@ def names(*configs: TrainConfig) -> list[str]:
 
 def mla(kv_compressed_dim: int, **sizes: int) -> TrainConfig:
     return TrainConfig(
-        model=TransformerConfig(attention=AttentionConfig(kv_compressed_dim=kv_compressed_dim, rope_dim=16), **sizes)
+        model=TransformerConfig(
+            attention=AttentionConfig(kind="mla", kv_compressed_dim=kv_compressed_dim, rope_dim=16), **sizes
+        )
     )
 
 

@@ -16,7 +16,7 @@ from scripts import evaluate, export
 from tests.conftest import Result, call_main, refused, succeeded, summary_of
 from tests.interop.hf.models import make_run, tensors
 
-MLA = AttentionConfig(kv_compressed_dim=16, rope_dim=4)
+MLA = AttentionConfig(kind="mla", kv_compressed_dim=16, rope_dim=4)
 
 
 def call(folder, *arguments: str) -> Result:
@@ -112,6 +112,8 @@ def test_biases_that_deepseek_has_not(tmp_path):
 
 
 def test_a_converted_model(tmp_path):
-    attention = AttentionConfig(kv_compressed_dim=16, rope_dim=4, latent_norm=False, rope_frequencies=[1.0, 0.1])
+    attention = AttentionConfig(
+        kind="mla", kv_compressed_dim=16, rope_dim=4, latent_norm=False, rope_frequencies=[1.0, 0.1]
+    )
     make_run(tmp_path / "run", attention)
     refused(call(tmp_path, "run", "out"), "RoPE frequencies of its own", "--plain-rope")

@@ -9,6 +9,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.attention import KINDS
 from mla_lm.config import TrainConfig
 from mla_lm.model.memory import TrainingMemory, training_memory
 from mla_lm.model.size import model_size
@@ -17,13 +18,9 @@ from mla_lm.runs.report import human_bytes
 from mla_lm.terminal import cli
 from scripts import plan
 from tests.conftest import ROOT, Result, call_main, refused, succeeded
+from tests.kinds import preset_of
 
-KINDS = {
-    "mla": AttentionConfig(kv_compressed_dim=32, q_compressed_dim=24, rope_dim=8, nope_dim=24),
-    "mha": AttentionConfig(),
-    "gqa": AttentionConfig(num_kv_heads=2),
-    "mqa": AttentionConfig(num_kv_heads=1),
-}
+ATTENTION = {kind: preset_of(f"{kind}_tiny").attention for kind in KINDS}
 # layers, d_model, heads, seq_len, ff_hidden; vocabulary; batch
 SHAPES = (((4, 96, 4, 96, 240), 500, 4), ((2, 64, 4, 128, 160), 3000, 8))
 
@@ -71,7 +68,7 @@ def measured(config: TransformerConfig, batch: int, dtype: torch.dtype, kind: st
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_within_a_tenth_of_what_is_measured(kind, dtype, shape):
     sizes, vocab_size, batch = shape
-    config = TransformerConfig(*sizes, KINDS[kind], vocab_size=vocab_size)
+    config = TransformerConfig(*sizes, ATTENTION[kind], vocab_size=vocab_size)
     planned = training_memory(config, batch, dtype, "cpu")
     kept, peak = measured(config, batch, dtype)
     assert planned.activations + planned.weight_copies == pytest.approx(kept, rel=0.1)
@@ -86,7 +83,7 @@ def test_memory_is_within_a_tenth_of_what_is_measured(kind, dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_with_muon(dtype):
     sizes, vocab_size, batch = SHAPES[0]
-    config = TransformerConfig(*sizes, KINDS["mla"], vocab_size=vocab_size)
+    config = TransformerConfig(*sizes, ATTENTION["mla"], vocab_size=vocab_size)
     planned = training_memory(config, batch, dtype, "cpu", "muon")
     assert planned.peak(checkpointing=False) == pytest.approx(measured(config, batch, dtype, "muon")[1], rel=0.1)
     optimizer = build_optimizer(Transformer(config), OptimizerConfig(kind="muon"))
@@ -109,7 +106,7 @@ def test_gradients_of_earlier_micro_batches_are_there_throughout():
 def test_what_is_printed():
     options = ("model=mla_tiny", "trainer.precision=bf16-mixed", "trainer.accelerator=cpu", "tokens_per_step=32768")
     lines = succeeded(call(*options, "--batch", "3", "--context", "100")).stdout.splitlines()
-    attention = AttentionConfig(kv_compressed_dim=40, rope_dim=8, nope_dim=24, value_dim=32)
+    attention = AttentionConfig(kind="mla", kv_compressed_dim=40, rope_dim=8, nope_dim=24, value_dim=32)
     config = TransformerConfig(3, 128, 4, 128, 400, attention, vocab_size=4096)
     size, memory = model_size(config), training_memory(config, 64, torch.bfloat16, "cpu", "muon")
     assert lines[1] == f"parameters  {size.parameters:,}, without the embedding {size.non_embedding_parameters:,}"

@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from mla_lm.attention import KINDS
 from mla_lm.config import TrainConfig
 from mla_lm.interop.hf.engines import engines_for
 from mla_lm.model.size import model_size
@@ -19,12 +20,6 @@ FIGURES = (
     ("kv_cache_vs_mha", "of an MHA's of the same width", "{:.3f}"),
     ("precision", "trained in", "{}"),
 )
-NAMES = {
-    "mla": "Multi-head Latent Attention",
-    "mha": "multi-head attention",
-    "gqa": "grouped-query attention",
-    "mqa": "multi-query attention",
-}
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 CARD = """\
 ---
@@ -80,7 +75,7 @@ def model_card(summary: dict[str, Any], config: TrainConfig, described: dict[str
     verdicts = [f"| {v.engine} | {v.word} | {'; '.join(v.notes)} |" for v in engines_for(model)]
     return CARD.format(
         kind=size.attention,
-        attention=NAMES[size.attention],
+        attention=KINDS[size.attention].title,
         parameters=size.parameters,
         layers=model.num_layers,
         width=model.d_model,

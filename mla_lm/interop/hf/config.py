@@ -2,23 +2,33 @@
 
 from typing import Any
 
-from mla_lm.attention import MLAConfig
+from mla_lm.attention import KINDS, AttentionConfig, MLAConfig
+from mla_lm.attention.gqa import kind_of_heads
+from mla_lm.attention.kind import LayerConfig, TransformersForm
 from mla_lm.errors import UserError
 from mla_lm.interop.hf.rope import rope_from_json, rope_to_json
-from mla_lm.model.config import AttentionConfig, TransformerConfig
+from mla_lm.model.config import TransformerConfig
+
+
+def form_of(config: TransformerConfig) -> TransformersForm:
+    """How transformers holds the model's attention; UserError where it cannot."""
+    form = KINDS[config.attention.kind].transformers
+    if form is None:
+        raise UserError(f"no model class of transformers can hold model.attention.kind={config.attention.kind}")
+    return form
 
 
 def to_json(config: TransformerConfig, end_of_text: int, dtype: str) -> dict[str, Any]:
-    """config.json for DeepseekV3ForCausalLM where `config` is MLA, else for LlamaForCausalLM.
+    """config.json for the model class that can hold the attention: DeepseekV3ForCausalLM or LlamaForCausalLM.
 
     Args:
         end_of_text: id of the token that begins and ends a document
         dtype: of the weights: float32 or bfloat16
 
     Raises:
-        UserError: MLA with biases, or as scripts.convert makes it: DeepseekV3 cannot be that.
+        UserError: no class can hold it, such as MLA with biases, or as scripts.convert makes it.
     """
-    layer = config.layer_config()
+    form, layer = form_of(config), config.layer_config()
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -31,7 +41,7 @@ def to_json(config: TransformerConfig, end_of_text: int, dtype: str) -> dict[str
         "attention_bias": config.use_bias,
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tie_embeddings,
-        **rope_to_json(config),
+        **rope_to_json(config, deepseek=form.architecture == "DeepseekV3ForCausalLM"),
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "pad_token_id": end_of_text,
@@ -39,20 +49,22 @@ def to_json(config: TransformerConfig, end_of_text: int, dtype: str) -> dict[str
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
     }
-    if isinstance(layer, MLAConfig):
-        names = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
-        return {**names, **shared, **_deepseek_fields(layer, config)}
+    model_type, rest = ARCHITECTURES[form.architecture]
+    attention = {entry: getattr(layer, name) for entry, name in form.entries.items()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [form.architecture],
+        "model_type": model_type,
         **shared,
-        "num_key_value_heads": layer.num_kv_heads,
-        "head_dim": config.d_model // config.num_heads,
-        "mlp_bias": config.use_bias,
+        **attention,
+        **rest(config, layer),
     }
 
 
-def _deepseek_fields(layer: MLAConfig, config: TransformerConfig) -> dict[str, Any]:
+def _rest_of_llama(config: TransformerConfig, layer: LayerConfig) -> dict[str, Any]:
+    return {"mlp_bias": config.use_bias}
+
+
+def _rest_of_deepseek(config: TransformerConfig, layer: MLAConfig) -> dict[str, Any]:
     if config.use_bias:
         raise UserError(
             "model.use_bias=true: transformers' DeepseekV3 has no bias in q_proj, q_b_proj and the feed-forward, so "
@@ -64,12 +76,6 @@ def _deepseek_fields(layer: MLAConfig, config: TransformerConfig) -> dict[str, A
             "have: scripts.convert --plain-rope makes one without"
         )
     return {
-        "num_key_value_heads": layer.num_heads,  # DeepseekV3 repeats the keys where it is any other number
-        "kv_lora_rank": layer.kv_compressed_dim,
-        "q_lora_rank": layer.q_compressed_dim,
-        "qk_nope_head_dim": layer.nope_dim,
-        "qk_rope_head_dim": layer.rope_dim,
-        "v_head_dim": layer.value_dim,
         "rope_interleave": True,  # vLLM and llama.cpp know no other
         # No layer is a mixture of experts; the rest of it has to be there and possible.
         "first_k_dense_replace": config.num_layers,
@@ -84,6 +90,13 @@ def _deepseek_fields(layer: MLAConfig, config: TransformerConfig) -> dict[str, A
         "routed_scaling_factor": 1.0,  # vLLM divides by it in fp16, in dense layers too
         "num_nextn_predict_layers": 0,
     }
+
+
+# config.json's model_type, and what it has beside the shared entries and those of the attention.
+ARCHITECTURES = {
+    "DeepseekV3ForCausalLM": ("deepseek_v3", _rest_of_deepseek),
+    "LlamaForCausalLM": ("llama", _rest_of_llama),
+}
 
 
 def from_json(json: dict[str, Any]) -> tuple[TransformerConfig, bool]:
@@ -118,8 +131,8 @@ def _llama_attention(json: dict[str, Any], config: TransformerConfig) -> dict[st
     if json.get("head_dim") is not None:
         _need(json, "head_dim", config.d_model // config.num_heads)
     _need(json, "attention_bias", config.use_bias)  # model.use_bias is for both
-    heads = json.get("num_key_value_heads")
-    return {"num_kv_heads": config.num_heads if heads is None else _size(json, "num_key_value_heads")}
+    heads = config.num_heads if json.get("num_key_value_heads") is None else _size(json, "num_key_value_heads")
+    return {"kind": kind_of_heads(heads, config.num_heads), "num_kv_heads": heads}
 
 
 def _deepseek_attention(json: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
@@ -133,13 +146,10 @@ def _deepseek_attention(json: dict[str, Any], config: TransformerConfig) -> dict
         _need(json, name, False)
     if json.get("num_key_value_heads") is not None:
         _need(json, "num_key_value_heads", config.num_heads)
-    return {
-        "kv_compressed_dim": _size(json, "kv_lora_rank"),
-        "q_compressed_dim": None if json.get("q_lora_rank", 0) is None else _size(json, "q_lora_rank"),
-        "nope_dim": _size(json, "qk_nope_head_dim"),
-        "rope_dim": _size(json, "qk_rope_head_dim"),
-        "value_dim": _size(json, "v_head_dim"),
-    }
+    sizes = {name: entry for entry, name in KINDS["mla"].transformers.entries.items() if name != "num_heads"}
+    if json.get("q_lora_rank", 0) is None:
+        del sizes["q_compressed_dim"]
+    return {"kind": "mla", **{name: _size(json, entry) for name, entry in sizes.items()}}
 
 
 def _need(json: dict[str, Any], name: str, value: Any) -> None:

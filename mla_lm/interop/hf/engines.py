@@ -6,6 +6,7 @@ The sources stand beside the rules; none of the engines was run, and they move o
 from dataclasses import dataclass
 
 from mla_lm.attention import MLAConfig
+from mla_lm.interop.hf.config import form_of
 from mla_lm.model.config import TransformerConfig
 
 # Elements a token that vLLM's MLA backends cache: MLACommonBackend.get_supported_head_sizes,
@@ -38,9 +39,9 @@ class Verdict:
 
 
 def engines_for(config: TransformerConfig) -> list[Verdict]:
-    """The engines' verdicts on a model."""
-    layer = config.layer_config()
-    if isinstance(layer, MLAConfig):
+    """The engines' verdicts on a model that `scripts.export` can write."""
+    architecture, layer = form_of(config).architecture, config.layer_config()
+    if architecture == "DeepseekV3ForCausalLM":
         slow = "it caches the latents, and expands all of them again for each new token"
         return [
             Verdict("transformers", True, (slow,)),
@@ -52,7 +53,7 @@ def engines_for(config: TransformerConfig) -> list[Verdict]:
         return [Verdict("transformers", True), *(Verdict(engine, None) for engine in ("vLLM", "SGLang", "llama.cpp"))]
     return [
         Verdict("transformers", True),
-        _vllm_llama(config.d_model // config.num_heads),
+        _vllm_llama(layer.rotated_dim),
         Verdict("SGLang", None),
         Verdict("llama.cpp", True, LLAMA_CPP_TOKENIZER),
     ]

@@ -8,7 +8,7 @@ from mla_lm.errors import UserError
 from mla_lm.model.config import TransformerConfig
 
 
-def rope_to_json(config: TransformerConfig) -> dict[str, Any]:
+def rope_to_json(config: TransformerConfig, deepseek: bool) -> dict[str, Any]:
     """For transformers 5 under rope_parameters, for earlier versions and some engines under the other two names."""
     base, yarn = config.attention.rope_base, config.attention.yarn
     if yarn.factor == 1:
@@ -22,7 +22,7 @@ def rope_to_json(config: TransformerConfig) -> dict[str, Any]:
         "beta_fast": yarn.beta_fast,
         "beta_slow": yarn.beta_slow,
     }
-    if config.attention_kind == "mla":
+    if deepseek:
         scaling |= {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
         if not (yarn.mscale and yarn.mscale_all_dim):  # which transformers would take for absent
             scaling["attention_factor"] = yarn.amplitude
@@ -31,7 +31,7 @@ def rope_to_json(config: TransformerConfig) -> dict[str, Any]:
     return {"rope_parameters": {**scaling, "rope_theta": base}, "rope_theta": base, "rope_scaling": scaling}
 
 
-def rope_from_json(json: dict[str, Any], seq_len: int, mla: bool) -> dict[str, Any]:
+def rope_from_json(json: dict[str, Any], seq_len: int, deepseek: bool) -> dict[str, Any]:
     """The fields of `AttentionConfig` that say the same.
 
     Raises:
@@ -46,25 +46,25 @@ def rope_from_json(json: dict[str, Any], seq_len: int, mla: bool) -> dict[str, A
             raise UserError(f"{name}={found} of RoPE is not supported: it must be {needed}")
     fields = {"rope_base": float(rope.get("rope_theta", json.get("rope_theta", 10000.0)))}
     if kind == "yarn":
-        fields["yarn"] = _yarn_from_json(rope, seq_len, mla)
+        fields["yarn"] = _yarn_from_json(rope, seq_len, deepseek)
     return fields
 
 
-def _yarn_from_json(rope: dict[str, Any], seq_len: int, mla: bool) -> YarnConfig:
+def _yarn_from_json(rope: dict[str, Any], seq_len: int, deepseek: bool) -> YarnConfig:
     """As _compute_yarn_parameters of transformers reads it, and DeepSeek's attention the factor of the scores."""
     original = rope.get("original_max_position_embeddings", seq_len)
     factor = rope.get("factor") or seq_len / original
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     amplitude = rope.get("attention_factor")
-    if amplitude is None and mscale and mscale_all_dim and mla:
+    if amplitude is None and mscale and mscale_all_dim and deepseek:
         return _yarn(rope, factor, original, mscale, mscale_all_dim)
     if amplitude is None:
         amplitude = sharpening(factor)
         if mscale and mscale_all_dim:
             amplitude = sharpening(factor, mscale) / sharpening(factor, mscale_all_dim)
     # Ours divides by the sharpening of mscale_all_dim, which multiplies DeepSeek's scores and is nothing to Llama's.
-    mscale_all_dim = (mscale_all_dim or 0.0) if mla else 1.0
-    whole = amplitude * sharpening(factor, mscale_all_dim) if mla else amplitude
+    mscale_all_dim = (mscale_all_dim or 0.0) if deepseek else 1.0
+    whole = amplitude * sharpening(factor, mscale_all_dim) if deepseek else amplitude
     mscale = round((whole - 1) / (0.1 * math.log(factor)), 9) if factor > 1 else 1.0
     return _yarn(rope, factor, original, mscale, mscale_all_dim)
 

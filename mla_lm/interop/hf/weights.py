@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from mla_lm.attention.kind import TransformersForm
 from mla_lm.errors import UserError
+from mla_lm.interop.hf.config import form_of
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.transformer import Transformer
 
@@ -14,45 +16,36 @@ IN_BLOCK = {
     "feed_forward.gate_proj": "mlp.gate_proj",
     "feed_forward.up_proj": "mlp.up_proj",
     "feed_forward.down_proj": "mlp.down_proj",
-    "attention.q_proj": "self_attn.q_proj",
-    "attention.k_proj": "self_attn.k_proj",
-    "attention.v_proj": "self_attn.v_proj",
-    "attention.out_proj": "self_attn.o_proj",
-    "attention.q_down": "self_attn.q_a_proj",
-    "attention.q_norm": "self_attn.q_a_layernorm",
-    "attention.q_up": "self_attn.q_b_proj",
-    "attention.kv_down": "self_attn.kv_a_proj_with_mqa",
-    "attention.kv_norm": "self_attn.kv_a_layernorm",
-    "attention.kv_up": "self_attn.kv_b_proj",
 }
 IDLE = 1e-6  # factor of latents whose norm should do nothing: their squares are then 1e-12, against an eps of 1e-6
-ROTATED = (".attention.q_proj.", ".attention.q_up.", ".attention.kv_down.")  # of MLA
 
 
-def their_name(name: str) -> str:
+def their_name(name: str, form: TransformersForm) -> str:
     """`blocks.3.attention.q_up.weight` is `model.layers.3.self_attn.q_b_proj.weight`."""
     module, parameter = name.rsplit(".", 1)
     if module in TOP:
         return f"{TOP[module]}.{parameter}"
     _, layer, module = module.split(".", 2)
-    return f"model.layers.{layer}.{IN_BLOCK[module]}.{parameter}"
+    theirs = IN_BLOCK.get(module) or f"self_attn.{form.projections[module.removeprefix('attention.')]}"
+    return f"model.layers.{layer}.{theirs}.{parameter}"
 
 
 def to_transformers(model: Transformer) -> dict[str, Tensor]:
-    """The model's weights as DeepseekV3ForCausalLM (MLA, with interleaved RoPE) or LlamaForCausalLM reads them.
+    """The model's weights as the model class of transformers reads them, DeepseekV3's RoPE interleaved.
 
     A tied head is written out beside the embedding for DeepSeek: vLLM and SGLang do not tie it there.
     """
     config, state = model.config, model.state_dict()
-    if config.tie_embeddings and config.attention_kind != "mla":
+    form = form_of(config)
+    if config.tie_embeddings and form.architecture != "DeepseekV3ForCausalLM":
         del state["head.weight"]
-    if config.attention_kind == "mla" and not config.attention.latent_norm:
+    if not config.attention.latent_norm:
         _add_idle_norms(state, config)
     weights = {}
     for name, tensor in state.items():
-        if _is_rotated(name, config):
-            tensor = _move_rotated_rows(name, tensor, config, _interleaving(config.attention.rope_dim))
-        weights[their_name(name)] = tensor.clone()  # safetensors refuses two names for one memory
+        if (rows := _rotated_rows(name, config)) is not None:
+            tensor = _move_rotated(tensor, *rows, _interleaving(config.attention.rope_dim))
+        weights[their_name(name, form)] = tensor.clone()  # safetensors refuses two names for one memory
     return weights
 
 
@@ -87,7 +80,8 @@ def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, inte
         if embedding is not None and not torch.equal(head, embedding):
             raise UserError("tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
         theirs = {**theirs, "lm_head.weight": head}
-    names = {name: their_name(name) for name in shapes}
+    form = form_of(config)
+    names = {name: their_name(name, form) for name in shapes}
     if extra := sorted(set(theirs) - set(names.values())):
         raise UserError(f"{extra[0]} has no place in the model that config.json describes ({len(extra)} such tensors)")
     state = {}
@@ -97,9 +91,8 @@ def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, inte
             raise UserError(f"{their} is missing")
         if tensor.shape != shapes[name]:
             raise UserError(f"{their} is {list(tensor.shape)}, config.json makes it {list(shapes[name])}")
-        if interleaved and _is_rotated(name, config):
-            order = _interleaving(config.attention.rope_dim).argsort()
-            tensor = _move_rotated_rows(name, tensor, config, order)
+        if interleaved and (rows := _rotated_rows(name, config)) is not None:
+            tensor = _move_rotated(tensor, *rows, _interleaving(config.attention.rope_dim).argsort())
         state[name] = tensor.float()
     return state
 
@@ -116,8 +109,14 @@ def _shapes(config: TransformerConfig, theirs: dict[str, Tensor]) -> dict[str, t
         raise UserError("config.json describes a model of impossible sizes") from error
 
 
-def _is_rotated(name: str, config: TransformerConfig) -> bool:
-    return config.attention_kind == "mla" and any(part in name for part in ROTATED)
+def _rotated_rows(name: str, config: TransformerConfig) -> tuple[int, int, int] | None:
+    """The heads of a weight or bias, and in each the rows before those that RoPE rotates, and these; None without."""
+    module = name.split(".")[-2]
+    rows = form_of(config).rotated.get(module) if ".attention." in name else None
+    if rows is None:
+        return None
+    layer, (heads, before) = config.layer_config(), rows
+    return getattr(layer, heads) if heads else 1, getattr(layer, before), layer.rotated_dim
 
 
 def _interleaving(dim: int) -> Tensor:
@@ -125,12 +124,7 @@ def _interleaving(dim: int) -> Tensor:
     return torch.arange(dim).view(2, -1).T.flatten()
 
 
-def _move_rotated_rows(name: str, tensor: Tensor, config: TransformerConfig, order: Tensor) -> Tensor:
+def _move_rotated(tensor: Tensor, heads: int, before: int, rotated: int, order: Tensor) -> Tensor:
     """Put the rows of a weight or bias that RoPE rotates, the last of each head, in this order."""
-    layer = config.layer_config()
-    if ".kv_down." in name:
-        heads, others = 1, layer.kv_compressed_dim
-    else:
-        heads, others = layer.num_heads, layer.nope_dim
-    plain, rotated = tensor.unflatten(0, (heads, -1)).split((others, layer.rope_dim), dim=1)
-    return torch.cat((plain, rotated[:, order]), dim=1).flatten(0, 1)
+    plain, turned = tensor.unflatten(0, (heads, -1)).split((before, rotated), dim=1)
+    return torch.cat((plain, turned[:, order]), dim=1).flatten(0, 1)

@@ -23,21 +23,24 @@ SIZES = {"num_layers": 2, "d_model": 64, "num_heads": 4, "seq_len": 96, "ff_hidd
 
 SHARP = YarnConfig(4.0, original_seq_len=24, beta_fast=16.0, mscale=1.0, mscale_all_dim=0.5)
 MODELS = {
-    "mla": (AttentionConfig(kv_compressed_dim=24, rope_dim=8, nope_dim=8), {}),
-    "mla-low-rank-query": (AttentionConfig(kv_compressed_dim=24, q_compressed_dim=20, rope_dim=8), {}),
+    "mla": (AttentionConfig(kind="mla", kv_compressed_dim=24, rope_dim=8, nope_dim=8), {}),
+    "mla-low-rank-query": (AttentionConfig(kind="mla", kv_compressed_dim=24, q_compressed_dim=20, rope_dim=8), {}),
     "mla-untied": (
-        AttentionConfig(kv_compressed_dim=40, q_compressed_dim=12, rope_dim=6, nope_dim=10, value_dim=24),
+        AttentionConfig(kind="mla", kv_compressed_dim=40, q_compressed_dim=12, rope_dim=6, nope_dim=10, value_dim=24),
         {"tie_embeddings": False},
     ),
-    "mla-yarn": (AttentionConfig(kv_compressed_dim=24, rope_dim=16, yarn=SHARP), {}),
-    "mla-yarn-odd": (AttentionConfig(kv_compressed_dim=24, rope_dim=16, yarn=YarnConfig(5.0, mscale_all_dim=0.0)), {}),
-    "mla-eps": (AttentionConfig(kv_compressed_dim=24, rope_dim=8), {"norm_eps": 0.01}),
+    "mla-yarn": (AttentionConfig(kind="mla", kv_compressed_dim=24, rope_dim=16, yarn=SHARP), {}),
+    "mla-yarn-odd": (
+        AttentionConfig(kind="mla", kv_compressed_dim=24, rope_dim=16, yarn=YarnConfig(5.0, mscale_all_dim=0.0)),
+        {},
+    ),
+    "mla-eps": (AttentionConfig(kind="mla", kv_compressed_dim=24, rope_dim=8), {"norm_eps": 0.01}),
     "mha": (AttentionConfig(rope_base=500.0), {"norm_eps": 0.01}),
     "mha-biases": (AttentionConfig(), {"use_bias": True, "tie_embeddings": False}),
-    "gqa": (AttentionConfig(num_kv_heads=2), {"tie_embeddings": False}),
-    "gqa-yarn": (AttentionConfig(num_kv_heads=2, yarn=SHARP), {}),
-    "gqa-yarn-mscale": (AttentionConfig(num_kv_heads=2, yarn=YarnConfig(4.0, mscale=0.7)), {}),
-    "mqa": (AttentionConfig(num_kv_heads=1), {}),
+    "gqa": (AttentionConfig(kind="gqa", num_kv_heads=2), {"tie_embeddings": False}),
+    "gqa-yarn": (AttentionConfig(kind="gqa", num_kv_heads=2, yarn=SHARP), {}),
+    "gqa-yarn-mscale": (AttentionConfig(kind="gqa", num_kv_heads=2, yarn=YarnConfig(4.0, mscale=0.7)), {}),
+    "mqa": (AttentionConfig(kind="mqa", num_kv_heads=1), {}),
 }
 
 

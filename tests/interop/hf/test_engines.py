@@ -11,7 +11,7 @@ from mla_lm.model.size import model_size
 from tests.conftest import ROOT
 
 
-def takes(num_layers: int = 61, d_model: int = 7168, num_heads: int = 128, **attention: int | None) -> dict:
+def takes(num_layers: int = 61, d_model: int = 7168, num_heads: int = 128, **attention: int | str | None) -> dict:
     config = TransformerConfig(num_layers, d_model, num_heads, attention=AttentionConfig(**attention), vocab_size=1000)
     return {verdict.engine: verdict.takes for verdict in engines_for(config)}
 
@@ -25,7 +25,7 @@ def preset(name: str) -> TransformerConfig:
 
 
 ALL = {"transformers": True, "vLLM": True, "SGLang": True, "llama.cpp": True}
-DEEPSEEK = {"kv_compressed_dim": 512, "rope_dim": 64, "nope_dim": 128, "value_dim": 128}
+DEEPSEEK = {"kind": "mla", "kv_compressed_dim": 512, "rope_dim": 64, "nope_dim": 128, "value_dim": 128}
 
 
 def test_deepseek():
@@ -35,7 +35,14 @@ def test_deepseek():
 
 def test_mistral_small_4():
     """vLLM takes its halved latent."""
-    sizes = {"kv_compressed_dim": 256, "rope_dim": 64, "nope_dim": 64, "value_dim": 128, "q_compressed_dim": 1024}
+    sizes = {
+        "kind": "mla",
+        "kv_compressed_dim": 256,
+        "rope_dim": 64,
+        "nope_dim": 64,
+        "value_dim": 128,
+        "q_compressed_dim": 1024,
+    }
     assert takes(36, 4096, 32, **sizes)["vLLM"] is True
 
 
@@ -59,16 +66,18 @@ def test_what_keeps_an_engine_from_it(change, engine, word):
 
 def test_the_kernel_of_sglang_that_reads_values_from_keys():
     """Its block of keys is 512 wide for 256 + 64, that of values 256: only FlashAttention 3 is left."""
-    config = TransformerConfig(attention=AttentionConfig(kv_compressed_dim=256, rope_dim=64), vocab_size=1000)
+    config = TransformerConfig(
+        attention=AttentionConfig(kind="mla", kv_compressed_dim=256, rope_dim=64), vocab_size=1000
+    )
     (verdict,) = (verdict for verdict in engines_for(config) if verdict.engine == "SGLang")
     assert verdict.takes
     assert "triton" not in verdict.notes[0]
 
 
 def test_llamas():
-    assert takes(4, 256, 4, num_kv_heads=2) == {**ALL, "SGLang": None}
-    assert takes(4, 20, 2, num_kv_heads=2)["vLLM"] is None  # heads of 10
-    biased = TransformerConfig(use_bias=True, attention=AttentionConfig(num_kv_heads=2), vocab_size=1000)
+    assert takes(4, 256, 4, kind="gqa", num_kv_heads=2) == {**ALL, "SGLang": None}
+    assert takes(4, 20, 2, kind="mha", num_kv_heads=2)["vLLM"] is None  # heads of 10
+    biased = TransformerConfig(use_bias=True, attention=AttentionConfig(kind="gqa", num_kv_heads=2), vocab_size=1000)
     assert [verdict.takes for verdict in engines_for(biased)] == [True, None, None, None]
 
 
@@ -81,5 +90,5 @@ def test_the_serving_preset():
 
 
 def vars_of(config: TransformerConfig) -> dict:
-    names = ("kv_compressed_dim", "q_compressed_dim", "rope_dim", "nope_dim", "value_dim")
+    names = ("kind", "kv_compressed_dim", "q_compressed_dim", "rope_dim", "nope_dim", "value_dim")
     return {name: getattr(config.attention, name) for name in names}

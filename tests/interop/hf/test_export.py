@@ -94,7 +94,7 @@ def test_gradients(pair):
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     ours.zero_grad()
     ours(tokens[:, :-1], tokens[:, 1:]).backward()
-    interleaved = ours.config.attention_kind == "mla"
+    interleaved = ours.config.attention.kind == "mla"
     expected = from_transformers({n: p.grad for n, p in theirs.named_parameters()}, ours.config, interleaved)
     for name, parameter in ours.named_parameters():
         close(parameter.grad, expected[name], 1e-4)
@@ -171,7 +171,7 @@ def test_yarn_of_deepseek_names_both_mscales(tmp_path):
 
 def test_a_converted_model_has_norms_that_do_nothing(tmp_path):
     """MLA from MHA has no norm of the latent, DeepseekV3 has one: usual latents come through it unchanged."""
-    ours = make_run(tmp_path / "run", AttentionConfig(kv_compressed_dim=24, rope_dim=8, latent_norm=False))
+    ours = make_run(tmp_path / "run", AttentionConfig(kind="mla", kv_compressed_dim=24, rope_dim=8, latent_norm=False))
     export_run(tmp_path / "run", tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = random_tokens(2, 96)
