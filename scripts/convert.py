@@ -20,6 +20,7 @@ from mla_lm.errors import UserError
 from mla_lm.files import check_free
 from mla_lm.hardware import DTYPES
 from mla_lm.inference.evaluate import metrics_of, sums_over
+from mla_lm.inference.texts import tokens_of_files, tokens_of_split
 from mla_lm.interop.from_mha import convert, converted_config
 from mla_lm.model.size import model_size
 from mla_lm.model.transformer import Transformer
@@ -29,7 +30,6 @@ from mla_lm.runs.load import load_run
 from mla_lm.runs.trust import is_signed, sign
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import say
-from scripts.evaluate import add_trust, tokens_of_files, tokens_of_split
 
 CALIBRATION_TOKENS = 2**16  # second moments of a few hundred dimensions have settled by then
 
@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
         help="keep the rotated part such that scripts.export takes the new run, at the cost of more to be healed",
     )
     parser.add_argument("--files", metavar="GLOB", help="text to convert and measure on (default: RUN's own)")
-    add_trust(parser)
+    cli.add_trust(parser)
     return parser.parse_args()
 
 

@@ -9,26 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from mla_lm.attention.kv_cache import CACHE_DTYPES
-from mla_lm.config import TrainConfig
 from mla_lm.data.corpus import SPLITS
-from mla_lm.data.file_formats import check_format, read_file
-from mla_lm.data.open_store import open_store
-from mla_lm.data.shards import Tokens
-from mla_lm.data.text_files import find_files
-from mla_lm.data.tokenizer import encode, end_of_text_id, token_bytes
+from mla_lm.data.tokenizer import token_bytes
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
 from mla_lm.hardware import choose_accelerator, inference_autocast
 from mla_lm.inference.evaluate import SlidingWindows, evaluate, losses, metrics_of, position_table
-from mla_lm.runs.checkpoint import load_checkpoint
-from mla_lm.runs.folder import find_best
+from mla_lm.inference.texts import tokens_of_files, tokens_of_split
 from mla_lm.runs.load import load_run
-from mla_lm.runs.trust import with_agreed_paths
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import say
 
@@ -58,7 +49,7 @@ def parse() -> argparse.Namespace:
         help="attention reads from a KV cache that keeps this, as in generation; its bytes are among the figures",
     )
     parser.add_argument("--json", metavar="OUT", help="also write the figures there")
-    add_trust(parser)
+    cli.add_trust(parser)
     tasks = parser.add_argument_group("tasks", "need lm-eval: pip install -r requirements-eval.txt")
     tasks.add_argument("--tasks", metavar="NAME[,NAME]", help="of lm-eval; `lm-eval ls tasks` lists them")
     tasks.add_argument(
@@ -127,7 +118,10 @@ def check_tasks(args: argparse.Namespace) -> None:
 
 
 def evaluate_in_tasks(args: argparse.Namespace, device: str) -> None:
-    from mla_lm.inference.lm_eval import evaluate_tasks, table, task_manager  # lm-eval is an extra, and slow to import
+    try:  # lm-eval is an extra, and slow to import
+        from mla_lm.inference.lm_eval_tasks import evaluate_tasks, table, task_manager
+    except ImportError as error:
+        raise UserError(f"--tasks needs lm-eval ({error}):\n  pip install -r requirements-eval.txt") from error
 
     run = load_run(args.run, device)
     results = evaluate_tasks(run, args.tasks.split(","), task_manager(args.include_path), args.limit)
@@ -137,44 +131,6 @@ def evaluate_in_tasks(args: argparse.Namespace, device: str) -> None:
         figures = {"run": args.run, "limit": args.limit} | {name: results[name] for name in kept if name in results}
         # Of the configuration the model alone: figures are passed on, and the rest has paths of this machine.
         write_json(Path(args.json), figures | {"config": {"model": asdict(run.config.model)}})
-
-
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """For `tokens_of_split`."""
-    parser.add_argument(
-        "--trust", action="store_true", help="read the files that RUN names, though it was made elsewhere"
-    )
-
-
-def tokens_of_split(run: str, split: str, tokenizer: Tokenizer, config: TrainConfig, trusted: bool = False) -> Tokens:
-    """A split of the very data that the run was trained on.
-
-    Raises:
-        UserError: they have changed; or the run was made elsewhere, names files, and is not `trusted`.
-    """
-    folder, checkpoint = find_best(run)
-    fingerprint = load_checkpoint(checkpoint).get("data_fingerprint")
-    if fingerprint is None:
-        raise UserError(f"{run} was imported, so it has no data of its own: give --files")
-    data = with_agreed_paths(config, folder, trusted, "agree with --trust").data
-    store = open_store(data, tokenizer if config.init_from else None)
-    if store.fingerprint != fingerprint:
-        raise UserError(f"the data of {run} have changed since ({store.description}): restore them, or give --files")
-    return store.tokens(split)
-
-
-def tokens_of_files(files: str, column: str, tokenizer: Tokenizer, config: TrainConfig) -> np.ndarray:
-    """All documents of the files, each followed by the end-of-text token."""
-    end = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text)
-    tokens: list[int] = []
-    try:
-        for path in find_files(files):
-            check_format(path)
-            for text, ends in read_file(path, column):
-                tokens += encode(tokenizer, text) + [end] * ends
-    except UserError as error:  # worded for the keys of a configuration
-        raise UserError(str(error).replace("data.column", "--column").replace("data.files", "--files")) from error
-    return np.array(tokens)
 
 
 if __name__ == "__main__":

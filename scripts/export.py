@@ -12,13 +12,13 @@ import torch
 
 from mla_lm.data.windows import EvaluationWindows
 from mla_lm.errors import UserError
+from mla_lm.inference.texts import tokens_of_split
 from mla_lm.interop.hf.check import compare_with_transformers
 from mla_lm.interop.hf.engines import engines_for
 from mla_lm.interop.hf.folder import export_run
 from mla_lm.runs.load import load_run
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import say
-from scripts.evaluate import add_trust, tokens_of_split
 
 
 def parse() -> argparse.Namespace:
@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
         help="have transformers load it in a process of its own, and compare the loss on the run's test split and a "
         "greedy continuation",
     )  # fmt: skip
-    add_trust(parser)
+    cli.add_trust(parser)
     return parser.parse_args()
 
 

@@ -4,15 +4,15 @@ Its numbers are those that the harness's own HFLM gives for the exported run (`s
 end-of-text token, and what is too long for the model is cut as there.
 """
 
-import difflib
-import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -20,26 +20,12 @@ from tqdm import tqdm
 
 from mla_lm.attention.kv_cache import ModelCache
 from mla_lm.config import TrainConfig
-from mla_lm.data.network import from_cache_only, reach_hub
 from mla_lm.data.tokenizer import encode, end_of_text_id
 from mla_lm.errors import UserError
 from mla_lm.hardware import DTYPES, inference_autocast
 from mla_lm.inference.generate import NOTHING, generate
 from mla_lm.inference.streaming import Continuation
 from mla_lm.model.transformer import Transformer
-
-try:
-    import lm_eval
-    from lm_eval import evaluate
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-    from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks.manager import TaskDict
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
-except ImportError as error:
-    raise UserError(f"--tasks needs lm-eval ({error}):\n  pip install -r requirements-eval.txt") from error
 
 SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # generation_kwargs that `generate` takes as they are
 POSITIONS = 1024  # whose logits exist at once
@@ -241,75 +227,3 @@ def in_batches(groups: list[Group], most: int) -> Iterator[list[Group]]:
         batch.append(group)
     if batch:
         yield batch
-
-
-def task_manager(include_path: str | None) -> TaskManager:
-    """The harness's own tasks, and those of the YAML files below `include_path`.
-
-    Raises:
-        UserError: there is no such folder.
-    """
-    if include_path is not None and not Path(include_path).is_dir():
-        raise UserError(f"--include-path {include_path} is no folder: give one with YAML files of tasks")
-    return TaskManager(include_path=include_path)
-
-
-def evaluate_tasks(
-    run: tuple[Transformer, Tokenizer, TrainConfig], names: list[str], manager: TaskManager, limit: int | None = None
-) -> dict[str, Any]:
-    """What `lm_eval.evaluate` gives for a run, set up as `lm_eval.simple_evaluate` does it.
-
-    With `cut_requests` beside, how many had a context too long for the model, which was cut from the left; and
-    `lm_eval_version`.
-
-    Args:
-        run: what `load_run` gives
-        names: of tasks, groups and tags; * and ? in one stand for any characters and any character
-        limit: documents of each task at most
-
-    Raises:
-        UserError: a task is unknown, cannot be loaded, or asks for what the model cannot do.
-    """
-    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle as they are loaded
-    np.random.seed(DEFAULT_OTHER_SEED)
-    torch.manual_seed(DEFAULT_OTHER_SEED)
-    tasks = load_tasks(names, manager)
-    for name, task in tasks["tasks"].items():
-        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-            raise UserError(f"the task {name} runs code that a model writes, or shows it images: neither is done here")
-        task.set_config(key="num_fewshot", value=task.get_config("num_fewshot") or 0)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    model = RunLM(run)
-    results = evaluate(model, tasks, limit=limit, log_samples=False)
-    return {**results, "cut_requests": model.cut, "lm_eval_version": lm_eval.__version__}
-
-
-def table(results: dict[str, Any]) -> str:
-    """The harness's table of what `evaluate_tasks` gives."""
-    text = "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)
-    if cut := results["cut_requests"]:
-        text += f"\n{cut} requests had a context too long for the model: it was cut from the left"
-    return text
-
-
-def load_tasks(names: list[str], manager: TaskManager) -> TaskDict:
-    """The tasks with their data; what is not cached is downloaded."""
-    found: dict[str, None] = {}  # each once, in order
-    for name in names:
-        matches = manager.match_tasks([name])
-        if not matches:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            nearest = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown task {name}{nearest}\n  lm-eval ls tasks [--include_path DIR] lists them all")
-        found |= dict.fromkeys(matches)
-    reached = reach_hub()()
-    try:
-        with from_cache_only(not reached):
-            return manager.load(list(found))
-    except Exception as error:  # of the task's own code and several libraries
-        from huggingface_hub.constants import ENDPOINT
-
-        lines = f"{error}".strip().splitlines() or [type(error).__name__]
-        offline = f"\n  {ENDPOINT} cannot be reached, so only data that are cached can be read"
-        offline = offline if not reached and isinstance(error, OSError) else ""
-        raise UserError(f"{', '.join(names)} cannot be loaded: {lines[0]}{offline}") from error

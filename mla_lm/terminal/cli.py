@@ -75,6 +75,13 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists what there is)")
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The option of tools that read the files which a run names."""
+    parser.add_argument(
+        "--trust", action="store_true", help="read the files that RUN names, though it was made elsewhere"
+    )
+
+
 def check_arguments(arguments: list[str], groups: Collection[str]) -> None:
     """Raises UserError where Hydra would print its whole usage, or end in a traceback.
 

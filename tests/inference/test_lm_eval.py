@@ -183,7 +183,7 @@ def test_generate_until(pair):
 def test_tasks(folder):
     from lm_eval import simple_evaluate
 
-    from mla_lm.inference.lm_eval import evaluate_tasks
+    from mla_lm.inference.lm_eval_tasks import evaluate_tasks
 
     names = ["local_choice", "local_rolling", "local_until"]
     actual = evaluate_tasks(load_run(folder / "mla"), names, manager(folder))
@@ -281,7 +281,7 @@ def test_a_continuation_longer_than_the_model_reads(folder):
     ],
 )
 def test_tasks_that_cannot_be(folder, monkeypatch, task, words):
-    from mla_lm.inference.lm_eval import evaluate_tasks
+    from mla_lm.inference.lm_eval_tasks import evaluate_tasks
 
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(UserError) as error:
@@ -331,5 +331,6 @@ def test_a_folder_of_tasks_that_is_not_there(folder):
 def test_without_lm_eval(tmp_path, monkeypatch):
     make_run(tmp_path / "mla", MODELS["mla"])
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as where it is not installed
-    monkeypatch.delitem(sys.modules, "mla_lm.inference.lm_eval", raising=False)
+    for module in ("lm_eval", "lm_eval_tasks"):
+        monkeypatch.delitem(sys.modules, f"mla_lm.inference.{module}", raising=False)
     refused(run(tmp_path, "--tasks", "hellaswag"), "lm-eval", "pip install -r requirements-eval.txt")

@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mla_lm import AttentionConfig, load_run
+from mla_lm.inference.texts import tokens_of_split
 from mla_lm.interop.hf.check import compare_with_transformers
 from mla_lm.interop.hf.folder import export_run
 from mla_lm.terminal import cli
-from scripts import evaluate, export
+from scripts import export
 from tests.conftest import Result, call_main, refused, succeeded, summary_of
 from tests.interop.hf.models import make_run, tensors
 
@@ -37,7 +38,7 @@ def test_a_trained_run(train, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     _, tokenizer, config = load_run(tmp_path / "run")
-    ids = torch.from_numpy(evaluate.tokens_of_split(tmp_path / "run", "test", tokenizer, config)[:].astype("int64"))
+    ids = torch.from_numpy(tokens_of_split(tmp_path / "run", "test", tokenizer, config)[:].astype("int64"))
     nats = 0.0
     with torch.no_grad():
         for window in (ids[start : start + 65] for start in range(0, len(ids) - 1, 64)):
