@@ -1,6 +1,7 @@
 """An exported run computes in transformers what it computes here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, LlamaForCausalLM
 
-from mla_lm import AttentionConfig, Transformer
+from mla_lm import AttentionConfig, Transformer, UserError
+from mla_lm.attention import KINDS
 from mla_lm.data.tokenizer import encode
 from mla_lm.inference.generate import generate
 from mla_lm.interop.hf.folder import export_run, import_folder
@@ -98,6 +100,14 @@ def test_gradients(pair):
     expected = from_transformers({n: p.grad for n, p in theirs.named_parameters()}, ours.config, interleaved)
     for name, parameter in ours.named_parameters():
         close(parameter.grad, expected[name], 1e-4)
+
+
+def test_a_kind_that_transformers_cannot_hold(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", AttentionConfig())
+    monkeypatch.setitem(KINDS, "mha", replace(KINDS["mha"], transformers=None))
+    with pytest.raises(UserError, match="no model class of transformers can hold model.attention.kind=mha"):
+        export_run(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_in_bf16(tmp_path):
