@@ -24,10 +24,13 @@ from mla_lm.runs.resume import GROUPS, WHOLE, different_keys, resumed_config, st
 from mla_lm.runs.resume_point import named_start, newest_start
 from mla_lm.study import sweep
 from mla_lm.terminal import cli
+from mla_lm.terminal.help_page import register_options
 from mla_lm.terminal.plain_text import say
 
+CONF = Path(__file__).parent / "conf"
 
-@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def job(composed: DictConfig) -> float | None:
     """One run. Returns its validation loss, which sweepers minimise; None for a failed job of a multirun."""
     hydra_config = HydraConfig.get()
@@ -144,6 +147,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module="hydra")
     arguments = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))  # Hydra wants -m before overrides
     register_schema()
+    register_options(CONF)
     sys.argv[1:] = resume_in_place(arguments)
     cli.check_arguments(sys.argv[1:], (*GROUPS, *WHOLE))
     with sweep.reported(arguments):

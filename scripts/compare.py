@@ -131,7 +131,7 @@ def same_but_for_seed(runs: list[Run]) -> list[list[Run]]:
 
 
 def named_rows(groups: list[list[Run]]) -> dict[str, list[Run]]:
-    """Each group under a name: its first run's folder, how many more it has, and what sets it apart from the others."""
+    """Each group under a name: its first run's folder, how many runs it has, and what sets it apart from the others."""
     paths = [group[0].folder.path for group in groups]
     folders = [path.name for path in paths]
     if len(set(folders)) < len(folders):
@@ -139,10 +139,9 @@ def named_rows(groups: list[list[Run]]) -> dict[str, list[Run]]:
         folders = [str(path.relative_to(shared)) for path in paths]
     rows = {}
     for folder, group in zip(folders, groups, strict=True):
-        more = len(group) - 1
-        if more:
-            seeds = {run.config.seed for run in group}
-            folder += f" + {more} {'seed' if len(seeds) > more else 'run'}{'s' * (more > 1)}"
+        if len(group) > 1:
+            differ_in_seed = len({run.config.seed for run in group}) == len(group)
+            folder += f" ({len(group)} {'seeds' if differ_in_seed else 'runs'})"
         keys = telling_keys(group[0], groups)
         settings = [f"{key}={shortened(shown(group[0].keys[key]))}" for key in keys]
         rows[", ".join([folder, *settings])] = group

@@ -1,6 +1,8 @@
 """Make a run of a model in `transformers`' format: an MLA model of DeepSeek's kind with dense layers, or a Llama.
 
-`train.py init_from=RUN` fine-tunes it; generate, evaluate --files and export take it like any other run.
+`train.py init_from=RUN` fine-tunes it; generate, evaluate --files and export take it like any other run. Rows of the
+embedding that belong to no token of tokenizer.json are left out: every token keeps its logit, and none but the
+tokenizer's are sampled or count in the loss.
 """
 
 import argparse

@@ -53,7 +53,7 @@ def plot(rows: dict[str, list[RunFolder]], measure: str) -> bytes:
         ylabel=f"test {MEASURES[measure]}",
     )
     for (name, runs), label, colour in zip(rows.items(), labels, colours(len(rows)), strict=True):
-        draw_curve(left, f"{label}: {name}", runs, measure, colour)
+        draw_curve(left, name if name.startswith(label) else f"{label}: {name}", runs, measure, colour)
         draw_point(right, runs, measure, colour)
     left.xaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (left, right):

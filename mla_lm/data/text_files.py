@@ -26,7 +26,7 @@ def text_files(files: str | list[str], column: str, memory: Path) -> Source:
     later move no other. Fewer are cut by position, files in the order of their paths: the first 90% of all
     characters, the next 5%, the rest.
     """
-    paths = find_files(files)
+    paths, empty = find_files(files)
     for path in paths:
         check_format(path)
     hashes = content_hashes(paths, memory)
@@ -39,8 +39,9 @@ def text_files(files: str | list[str], column: str, memory: Path) -> Source:
         shares = {"train": (0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1)}[split]
         return as_dataset(_read_by_position, paths=paths, column=column, characters=characters(), shares=shares)
 
+    left_out = f"; {empty} empty one{'s' * (empty > 1)} left out" if empty else ""
     return Source(
-        description=f"{len(paths)} text file{'s' * (len(paths) > 1)}: {files}",
+        description=f"{len(paths)} text file{'s' * (len(paths) > 1)}: {files}{left_out}",
         fingerprint=hash_text(
             f"text: sha256 of the document 90/5/5, by position under {FEW_DOCUMENTS}; column {column}",
             *(f"{'text' if is_plain(path) else 'rows'} {content}" for path, content in zip(paths, hashes, strict=True)),
@@ -49,12 +50,21 @@ def text_files(files: str | list[str], column: str, memory: Path) -> Source:
     )
 
 
-def find_files(files: str | list[str]) -> list[Path]:
-    """Absolute paths of the files that a path or glob, or a list of them, names: each once, sorted."""
-    found = set()
+def find_files(files: str | list[str]) -> tuple[list[Path], int]:
+    """The files that a path or glob, or a list of them, names, and how many empty ones of the globs are left out.
+
+    Returns:
+        absolute paths, each once, sorted; and the number of files that are empty
+
+    Raises:
+        UserError: there is no such file, a path names an empty one, or a glob matches no others.
+    """
+    found: set[Path] = set()
+    empty: set[Path] = set()
     for pattern in [files] if isinstance(files, str) else files:
         expanded = Path(str(pattern)).expanduser()
-        matches = [expanded] if expanded.exists() else map(Path, glob.glob(str(expanded), recursive=True))
+        is_path = expanded.exists()
+        matches = [expanded] if is_path else map(Path, glob.glob(str(expanded), recursive=True))
         matches = {Path(os.path.abspath(path)) for path in matches if path.is_file()}  # links keep their names
         if not matches and expanded.is_dir():
             raise UserError(
@@ -62,11 +72,14 @@ def find_files(files: str | list[str]) -> list[Path]:
             )
         if not matches:
             raise UserError(f"data.files={pattern} matches no file (looked in {Path.cwd()})")
-        found |= matches
-    for path in sorted(found):
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty: leave it out of data.files")
-    return sorted(found)
+        filled = {path for path in matches if path.stat().st_size}
+        if not filled and is_path:
+            raise UserError(f"{expanded} is empty: leave it out of data.files")
+        if not filled:
+            raise UserError(f"data.files={pattern} matches only empty files ({len(matches)})")
+        found |= filled
+        empty |= matches - filled
+    return sorted(found), len(empty)
 
 
 def _characters_of_few(paths: list[Path], column: str) -> int | None:
@@ -110,7 +123,7 @@ def character_file(files: str | list[str], memory: Path) -> Source:
 
     There is no third part there: the test split is the validation split.
     """
-    paths = find_files(files)
+    paths, _ = find_files(files)
     if len(paths) != 1 or not is_plain(paths[0]):
         raise UserError(
             f"data=characters takes one plain text file, not data.files={files}: choose data=text for others"

@@ -37,7 +37,8 @@ def tokens_of_files(files: str, column: str, tokenizer: Tokenizer, config: Train
     end = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text)
     tokens: list[int] = []
     try:
-        for path in find_files(files):
+        paths, _ = find_files(files)
+        for path in paths:
             check_format(path)
             for text, ends in read_file(path, column):
                 tokens += encode(tokenizer, text) + [end] * ends

@@ -221,3 +221,7 @@ def _short(value: str) -> str:
         return f"{float(value):.4g}" if "." in value and len(value) > 8 else value
     except ValueError:
         return value
+
+
+# For conf/sweep/optuna.yaml. Registered here and not in train.py's main(), which a job on a cluster does not run.
+OmegaConf.register_new_resolver("short", lambda value: _short(str(value)), replace=True)

@@ -116,7 +116,7 @@ class Theirs:
             do_sample=False,
             max_new_tokens=count,
             eos_token_id=None,
-            pad_token_id=0,
+            pad_token_id=self.model.config.vocab_size,  # no token's: transformers warns where a prompt ends with it
         )
         self.cache.crop(-count)
         return tokens[:, -count:]

@@ -177,15 +177,30 @@ def test_files_are_found_once_and_sorted(tmp_path, monkeypatch):
     for name in ("b.txt", "a.txt", "sub/c.txt", "odd[1].txt"):
         write(tmp_path / name, "x")
     monkeypatch.chdir(tmp_path)
-    assert find_files(["*.txt", "a.txt"]) == [tmp_path / name for name in ("a.txt", "b.txt", "odd[1].txt")]
-    assert find_files("**/c.txt") == [tmp_path / "sub" / "c.txt"]
-    assert find_files("odd[1].txt") == [tmp_path / "odd[1].txt"]
+    assert find_files(["*.txt", "a.txt"]) == ([tmp_path / name for name in ("a.txt", "b.txt", "odd[1].txt")], 0)
+    assert find_files("**/c.txt") == ([tmp_path / "sub" / "c.txt"], 0)
+    assert find_files("odd[1].txt") == ([tmp_path / "odd[1].txt"], 0)
 
 
 def test_a_link_keeps_its_name(tmp_path):
     write(tmp_path / "blob", "{}")
     (tmp_path / "rows.jsonl").symlink_to(tmp_path / "blob")
-    assert find_files(str(tmp_path / "rows.jsonl")) == [tmp_path / "rows.jsonl"]
+    assert find_files(str(tmp_path / "rows.jsonl")) == ([tmp_path / "rows.jsonl"], 0)
+
+
+def test_empty_files_of_a_glob_are_left_out_and_counted(tmp_path, memory):
+    """The corpus is the same as without them, and its description tells their number."""
+    for name, text in (("a.py", "a = 1\n" * 40), ("b/c.py", "c = 3\n" * 40)):
+        write(tmp_path / "src" / name, text)
+    without = text_files(f"{tmp_path}/src/**/*.py", "text", memory)
+    for name in ("__init__.py", "b/__init__.py"):
+        write(tmp_path / "src" / name, "")
+    source = text_files([f"{tmp_path}/src/**/*.py", f"{tmp_path}/src/*.py"], "text", memory)
+    assert source.fingerprint == without.fingerprint
+    assert all_documents(source) == all_documents(without)
+    assert source.description.startswith("2 text files: ")
+    assert source.description.endswith("; 2 empty ones left out")
+    assert "left out" not in without.description
 
 
 @pytest.mark.parametrize(
@@ -196,6 +211,9 @@ def test_a_link_keeps_its_name(tmp_path):
         ("folder", ["folder", "is a folder", "folder/*.txt"]),
         (["good.txt", "missing.txt"], ["missing.txt"]),
         ("empty.txt", ["empty.txt", "is empty"]),
+        (["good.txt", "empty.txt"], ["empty.txt", "is empty"]),
+        ("em*.txt", ["em*.txt", "only empty files (1)"]),
+        (["good.txt", "em*.txt"], ["em*.txt", "only empty files (1)"]),
         ("table.csv", ["table.csv", "unknown format", ".jsonl"]),
     ],
 )

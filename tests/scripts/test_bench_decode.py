@@ -1,6 +1,7 @@
 """scripts.bench decode at a tiny size: what it compares is the same, and its JSON is as promised."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -84,6 +85,19 @@ def test_their_cache_is_what_they_would_have_stored(tiny):
     for decoded in (given.decode, given.step):
         assert torch.equal(decoded(prompts, 5), decode.Ours(model, 2, 20, 5).decode(prompts, 5))
         assert all(torch.equal(a, layer.keys) for a, layer in zip(before, given.cache.layers, strict=True))
+
+
+@torch.no_grad()
+def test_transformers_has_nothing_to_warn_of(tiny, caplog):
+    """A prompt may end with id 0."""
+    theirs = decode.Theirs(Transformer(replace(decode.MLA, seq_len=32)).eval(), batch=2, context=20)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)  # which passes nothing on to the root, where caplog listens
+    try:
+        theirs.decode(torch.zeros(2, 21, dtype=torch.int64), 5)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 def test_bytes_of_a_step(tiny):

@@ -94,7 +94,7 @@ def test_csv_and_plot_of_every_run(runs):
 
 def test_seeds_become_one_row_named_by_what_sets_it_apart(runs):
     heading, *rows = cells(succeeded(run(runs, "sweep", "--out", "seeds")).stdout)
-    assert [row[0] for row in rows] == ["0 + 1 seed, optimizer.lr=0.001", "1 + 1 seed, optimizer.lr=0.002"]
+    assert [row[0] for row in rows] == ["0 (2 seeds), optimizer.lr=0.001", "1 (2 seeds), optimizer.lr=0.002"]
     for first, row in enumerate(rows):
         jobs = [summary_of(runs / "sweep" / str(job)) for job in (first, first + 2)]  # the last key varies fastest
         values = [job["test_bits_per_byte"] for job in jobs]
@@ -193,7 +193,7 @@ def test_names_of_long_values_keep_their_ends():
 def test_folders_of_one_name_are_named_with_the_one_above():
     runs = [Run(RunFolder(Path(f"/runs/{sweep}/0")), TrainConfig(), {}) for sweep in ("first", "second")]
     assert list(named_rows([[run] for run in runs])) == ["first/0", "second/0"]
-    assert list(named_rows([runs])) == ["0 + 1 run"]  # of the same seed
+    assert list(named_rows([runs])) == ["0 (2 runs)"]  # of the same seed
 
 
 def test_curve_and_point_are_mean_and_deviation_over_seeds(runs):
@@ -233,6 +233,19 @@ def test_labels_of_points_do_not_overlap(points):
     axes.figure.draw_without_rendering()  # puts the names where they are to be
     boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to the points
     assert not [i for i, box in enumerate(boxes) if box.count_overlaps(boxes[:i])]
+
+
+def test_a_legend_does_not_say_twice_what_attention_a_row_has(runs, monkeypatch):
+    labels, draw = [], plot.draw_curve
+
+    def watched(axes, label, *row) -> None:
+        labels.append(label)
+        draw(axes, label, *row)
+
+    monkeypatch.setattr(plot, "draw_curve", watched)
+    folders = [RunFolder(runs / "mla"), RunFolder(runs / "mla")]
+    plot.plot({"mla (2 seeds)": folders, "0, optimizer.lr=0.001": [RunFolder(runs / "mha")]}, "loss")
+    assert labels == ["mla (2 seeds)", "mha: 0, optimizer.lr=0.001"]
 
 
 def test_as_many_colours_as_rows():

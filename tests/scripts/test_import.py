@@ -254,6 +254,11 @@ def test_another_tokenizer(copy, tmp_path):
     assert TOKENIZER.get_vocab_size() == 257
 
 
+def test_a_tokenizer_of_far_fewer_entries(tmp_path):
+    make_folder(tmp_path / "in", LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": 257 + 1025})))
+    refused(call(tmp_path, "in", "run"), "vocab_size=1282", "257")
+
+
 def test_where_something_is_already(folders, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")

@@ -197,6 +197,7 @@ def test_optuna_goes_on(train, tmp_path):
     sweep = ("sweep=optuna", "hydra.sweep.dir=sweep", "val_every_n_steps=100", "trainer.max_steps=40")
     succeeded(train(*sweep, "hydra.sweeper.n_trials=1"))
     (first,) = names_in(tmp_path / "sweep")
+    assert re.fullmatch(r"lr0\.\d{1,6}_wd0\.\d{1,6}", first)  # four digits of each that count
     time_of_first = (tmp_path / "sweep" / first / "summary.json").stat().st_mtime_ns
 
     class Second:

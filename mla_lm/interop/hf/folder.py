@@ -1,6 +1,7 @@
 """A run as a folder that `transformers` loads, and such a folder as a run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from mla_lm.terminal.plain_text import say
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON_BYTES = 2**26  # of config.json and the index: 500,000 tensors
+# An embedding may have so many rows more than the tokenizer has entries: Megatron pads to multiples of up to 1,024, and
+# DeepSeek-V2 by 2.4%. With more, the tokenizer is another model's.
+PADDING_ROWS, PADDING_SHARE = 1024, 0.05
 
 
 def export_run(path: str | Path, out: Path, dtype: torch.dtype = torch.float32) -> TrainConfig:
@@ -83,6 +87,11 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
 
     Its checkpoint is last.ckpt with nothing but the weights, in fp32, as there is no training to go on with.
 
+    Rows of the embedding and the head beyond the tokenizer's entries, which are there to make up a multiple of 64 or
+    128, are left out. Every token then has the logit that it has in transformers, while the probabilities are shared
+    among tokens that exist: nothing else is sampled, and the loss is less by what the padding had of the softmax. An
+    export has as many rows as the tokenizer has entries.
+
     Returns:
         the run's configuration
 
@@ -98,6 +107,9 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     tokenizer = _read_tokenizer(source, model.vocab_size)
+    if padding := model.vocab_size - vocabulary_size(tokenizer):
+        say(f"note        the last {padding:,} rows of the embedding belong to no token, and are left out")
+        model = _without_padding(model, state, vocabulary_size(tokenizer))
     config = TrainConfig(model=model)
     config.tokens_per_step = model.seq_len * max(1, config.tokens_per_step // model.seq_len)
     config.trainer.precision = "32-true"
@@ -123,9 +135,17 @@ def _read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: save its tokenizer with transformers' save_pretrained first")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    if (entries := vocabulary_size(tokenizer)) != vocab_size:
+    entries = vocabulary_size(tokenizer)
+    if not 0 <= vocab_size - entries <= max(PADDING_ROWS, PADDING_SHARE * entries):
         raise UserError(f"{folder}: vocab_size={vocab_size}, but tokenizer.json has {entries} entries")
     return tokenizer
+
+
+def _without_padding(model: TransformerConfig, state: dict[str, Tensor], entries: int) -> TransformerConfig:
+    """Cut the embedding and the head of `state` to this many rows, and describe the model that is left."""
+    state["embedding.weight"] = state["embedding.weight"][:entries].clone()  # a view would be saved with all rows
+    state["head.weight"] = state["embedding.weight"] if model.tie_embeddings else state["head.weight"][:entries].clone()
+    return replace(model, vocab_size=entries)
 
 
 def _end_of_text(described: dict[str, Any], tokenizer: Tokenizer) -> str:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -210,6 +211,33 @@ def test_sharded(tmp_path, tied):
     assert len(list((tmp_path / "in").glob("model-*.safetensors"))) > 2
     assert_same_here(theirs, tmp_path / "in", tmp_path / "run")
     assert_comes_back(tmp_path / "in", tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "llama"])
+def test_padding_of_the_embedding(tmp_path, capsys, kind):
+    """Every token's logit is transformers', here and exported; no row without a token is left, even a likely one."""
+    if kind == "llama":
+        theirs = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "vocab_size": 320}, tie_word_embeddings=True))
+    else:
+        theirs = DeepseekV3ForCausalLM(DeepseekV3Config(**{**DEEPSEEK, "vocab_size": 384}))
+    make_folder(tmp_path / "in", theirs)
+    import_folder(tmp_path / "in", tmp_path / "run")
+    assert f"{theirs.config.vocab_size - VOCABULARY} rows" in capsys.readouterr().out
+    ours, _, config = load_run(tmp_path / "run")
+    assert config.model.vocab_size == VOCABULARY
+    tokens = random_tokens(2, 48)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+        assert (logits.argmax(-1) >= VOCABULARY).any()  # random rows are as good as the others
+        expected = logits[..., :VOCABULARY]
+        torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        loss = ours(tokens[:, :-1], tokens[:, 1:])
+        torch.testing.assert_close(loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+        export_run(tmp_path / "run", tmp_path / "out")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+        torch.testing.assert_close(again, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    embedding = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]["embedding.weight"]
+    assert embedding.untyped_storage().nbytes() == 4 * VOCABULARY * 32
 
 
 def test_bf16_comes_back_as_bf16(tmp_path):
