@@ -4,6 +4,7 @@
 trains; what it calls is in mla_lm/.
 """
 
+import logging
 import os
 import sys
 import traceback
@@ -96,7 +97,7 @@ def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> floa
             start = newest_start(run, config.trainer.max_steps)
         if not start and is_first_process():
             refuse_to_write_over(run, key)
-        return train(config, run, start)
+        return train(config, run, start, overrides if multirun else None)
 
 
 def check_launch(config: TrainConfig, multirun: bool, goes_on: bool) -> None:
@@ -145,6 +146,7 @@ def resume_in_place(arguments: list[str]) -> list[str]:
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors, which cli.run words, instead of printing them
     warnings.filterwarnings("ignore", module="hydra")
+    logging.getLogger("hydra").setLevel(logging.WARNING)  # of the jobs, which print their overrides themselves
     arguments = sorted(sys.argv[1:], key=lambda a: a not in ("-m", "--multirun"))  # Hydra wants -m before overrides
     register_schema()
     register_options(CONF)

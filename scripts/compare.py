@@ -19,7 +19,8 @@ from mla_lm.keys import flatten
 from mla_lm.model.size import model_size
 from mla_lm.runs.folder import RunFolder, find_run
 from mla_lm.terminal import cli
-from mla_lm.terminal.plain_text import printable
+from mla_lm.terminal.plain_text import printable, say
+from mla_lm.terminal.tables import markdown, table
 
 # key of Run.figures, heading, format
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -79,17 +80,18 @@ def main() -> None:
     rows = named_rows(same_but_for_seed(runs))
     columns = [column for column in COLUMNS if not (args.across_data and column[0] in OF_ONE_TOKENIZER)]
     cells = [[name, *cells_of(row, columns)] for name, row in rows.items()]
-    table = markdown([["run", *(heading for _, heading, _ in columns)], *cells])
+    headings = ["run", *(heading for _, heading, _ in columns)]
+    above, below = [], []
     if different:
-        table = f"{caption(runs)}\n\n{table}"
+        above = [caption(runs), ""]
     if len({run.figures["tokens_seen"] for run in runs}) > 1:
-        table += "\n\nThese runs have seen different numbers of tokens, which may be all that sets them apart."
-    table = printable(table)
-    print(table)
+        below = ["", "These runs have seen different numbers of tokens, which may be all that sets them apart."]
+    say(*above, table(headings, cells, left=2), *below)
     if args.out:
         from scripts.plot import plot  # needs matplotlib, which the table does not
 
-        write(Path(args.out) / "comparison.md", (table + "\n").encode())
+        lines = (*above, markdown(headings, cells, left=2), *below, "")
+        write(Path(args.out) / "comparison.md", printable("\n".join(lines)).encode())
         write(Path(args.out) / "comparison.csv", every_run(runs).encode())
         folders = {name: [run.folder for run in row] for name, row in rows.items()}
         write(Path(args.out) / "comparison.png", plot(folders, "bits_per_byte" if args.across_data else "loss"))
@@ -184,14 +186,6 @@ def cells_of(row: list[Run], columns: list[tuple]) -> list[str]:
         else:
             cells.append(f"{form(mean(values))} ± {form(stdev(values))}")
     return cells
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table in Markdown, its columns padded so that it reads as well on a terminal; the first row is the heading."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return "\n".join(lines)
 
 
 def caption(runs: list[Run]) -> str:

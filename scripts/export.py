@@ -19,6 +19,7 @@ from mla_lm.interop.hf.folder import export_run
 from mla_lm.runs.load import load_run
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import say
+from mla_lm.terminal.tables import table
 
 
 def parse() -> argparse.Namespace:
@@ -45,11 +46,8 @@ def main() -> None:
     config = export_run(args.run, out, getattr(torch, args.dtype))
     say(f"written     {shlex.quote(str(out))}: model.safetensors in {args.dtype}, tokenizer, README.md")
     say(f'load        AutoModelForCausalLM.from_pretrained("{out}")')
-    say("engines")
-    for verdict in engines_for(config.model):
-        say(f"  {verdict.engine:14}{verdict.word}")
-        for note in verdict.notes:
-            say(f"{'':16}{note}")
+    verdicts = [(verdict.engine, verdict.word, "; ".join(verdict.notes)) for verdict in engines_for(config.model)]
+    say("", table(("engine", "takes it", "note"), verdicts, left=3), "")
     if args.check:
         model, tokenizer, config = load_run(args.run)
         tokens = tokens_of_split(args.run, "test", tokenizer, config, args.trust)

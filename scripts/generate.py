@@ -24,7 +24,7 @@ from mla_lm.runs.load import load_run
 from mla_lm.runs.report import human_bytes
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import printable, say
-from mla_lm.terminal.side_by_side import Column, Screen
+from mla_lm.terminal.side_by_side import Column, growing_columns
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 BETWEEN_TEXTS = "\n\n---\n\n"
@@ -150,7 +150,7 @@ def show_text(prompts: list[str], run: SampledRun) -> None:
 
 def for_screen(text: str) -> str:
     """As it is, but on a terminal without what would move the cursor or colour the screen."""
-    return "\n".join(map(printable, text.expandtabs(4).split("\n"))) if sys.stdout.isatty() else text
+    return printable(text.expandtabs(4)) if sys.stdout.isatty() else text
 
 
 def settled_text(texts: list[Continuation]) -> str:
@@ -170,10 +170,9 @@ def speed_and_cache(decoding: Decoding) -> str:
 def show_columns(prompts: list[str], *runs: SampledRun) -> None:
     """Show each prompt as two runs continue it, in turns; then, on stderr, the speed and the cache of each."""
     for decodings in [begin_both(prompt, runs) for prompt in prompts]:  # all are checked before the first is shown
-        screen = Screen()
-        for _ in in_turns(*decodings):
-            screen.draw(columns_of(runs, decodings))
-        screen.finish(columns_of(runs, decodings))
+        with growing_columns() as draw:
+            for _ in in_turns(*decodings):
+                draw(columns_of(runs, decodings))
         print(flush=True)
         per_token = [decoding.cache_bytes_per_token for decoding in decodings]
         for run, decoding, own, other in zip(runs, decodings, per_token, reversed(per_token), strict=True):

@@ -20,6 +20,7 @@ from mla_lm.model.memory import TrainingMemory, training_memory
 from mla_lm.model.size import model_size, same_size_as
 from mla_lm.runs.report import human_bytes
 from mla_lm.terminal import cli
+from mla_lm.terminal.tables import table
 
 CONF = Path(__file__).parents[1] / "conf"
 # The attention of both: arXiv 2405.04434, section 3.1.2 and appendix B. Their feed-forward is a mixture of experts;
@@ -145,31 +146,27 @@ def training_lines(config: TrainConfig, memory: TrainingMemory, precision: str, 
         ("feed-forward backward", *2 * [memory.feed_forward_gradients]),
         ("most at once", *peaks),
     ]
+    cells = [(name, human_bytes(plain) if plain else "-", human_bytes(kept)) for name, plain, kept in rows if kept]
     return [
         f"training on each {device} device in {precision}: {step}, {batch} x {config.model.seq_len:,} tokens at once",
-        f"{'':24}{'plain':>12}{'checkpointing':>16}",
-        *(
-            f"  {name:22}{human_bytes(plain) if plain else '-':>12}{human_bytes(kept):>16}"
-            for name, plain, kept in rows
-            if kept
-        ),
+        table(("", "plain", "checkpointing"), cells),
     ]
 
 
 def cache_lines(config: TrainConfig, batch: int, context: int, dtype: torch.dtype) -> list[str]:
     """The KV cache beside that of MHA, GQA and MQA of the same num_layers, num_heads and d_model."""
     model = config.model
-    lines = [
-        f"KV cache of {batch:,} x {context:,} tokens in {_name(dtype)}",
-        f"{'':8}{'bytes a token':>16}{'all':>12}{'of MHA':>10}",
-    ]
+    rows = []
     for size in same_size_as(model):
         per_token = size.cache_bytes_per_token(model.num_layers, dtype)
         share = size.cache_elements_per_token_per_layer / (2 * model.d_model)
         mark = ">" if size.attention == model.attention.kind else " "
         total = human_bytes(batch * context * per_token)
-        lines.append(f"{mark} {size.attention:6}{per_token:>16,}{total:>12}{share:>10.3f}")
-    return lines
+        rows.append((f"{mark} {size.attention}", f"{per_token:,}", total, f"{share:.3f}"))
+    return [
+        f"KV cache of {batch:,} x {context:,} tokens in {_name(dtype)}",
+        table(("", "bytes a token", "all", "of MHA"), rows),
+    ]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from mla_lm.data.shards import Tokens
 from mla_lm.model.loss import IGNORE, linear_cross_entropy
 from mla_lm.model.transformer import Transformer
+from mla_lm.terminal.tables import table
 
 
 def sums_by_position(
@@ -118,14 +119,13 @@ def position_table(columns: dict[str, Tensor]) -> str:
         columns: by their headings, sums of `sums_by_position`, (3, T) each
     """
     first = next(iter(columns.values()))
-    rows = [["position", "tokens", *columns]]
+    rows = []
     for start, end in ranges(first.shape[1]):
         counts = [sums[:2, start:end].sum(-1).tolist() for sums in columns.values()]
         if all(tokens for _, tokens in counts):
             name = f"{start}" if end == start + 1 else f"{start}-{end - 1}"
             rows.append([name, f"{int(counts[0][1]):,}", *(f"{nats / tokens:.4f}" for nats, tokens in counts)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return table(["position", "tokens", *columns], rows)
 
 
 def ranges(length: int) -> list[tuple[int, int]]:

@@ -13,20 +13,14 @@ from mla_lm.hardware import DTYPES, memory_bytes
 from mla_lm.model.memory import training_memory
 from mla_lm.model.size import ModelSize, same_size_as
 from mla_lm.runs.folder import RunFolder
+from mla_lm.terminal.tables import table
 
 
 def size_table(config: TrainConfig, dtype: torch.dtype) -> str:
     """Parameters, FLOPs and cache of the model beside MHA, GQA and MQA of the same dimensions, as text."""
-    header = ("", "parameters", "FLOPs/token", "cache B/token", f"cache at {config.model.seq_len}", "vs MHA")
-    sizes = same_size_as(config.model)
+    headings = ("", "parameters", "FLOPs/token", "cache B/token", f"cache at {config.model.seq_len}", "vs MHA")
     mha = 2 * config.model.d_model
-    rows = [header] + [_size_row(size, config, dtype, mha) for size in sizes]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+    return table(headings, [_size_row(size, config, dtype, mha) for size in same_size_as(config.model)])
 
 
 def _size_row(size: ModelSize, config: TrainConfig, dtype: torch.dtype, mha_elements: int) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from mla_lm.files import write_atomically
 from mla_lm.runs.folder import RunFolder
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import say
+from mla_lm.terminal.tables import table
 
 # key of summary.json, heading, format
 COLUMNS = (
@@ -186,7 +187,7 @@ def end_report(sweep: Path, arguments: list[str], stopped: bool = False) -> str:
     """The table of a sweep's trials, the command that makes the best again, and those that go on or compare."""
     trials = trials_of(sweep)
     finished = [trial for trial in trials if trial.status == "finished"]
-    lines = ["", table(trials), ""] if trials else []
+    lines = ["", trial_table(trials), ""] if trials else []
     if finished:
         lines.append(f"best        python train.py {shlex.join(finished[0].overrides)}")
     if len(finished) > 1:
@@ -199,7 +200,7 @@ def end_report(sweep: Path, arguments: list[str], stopped: bool = False) -> str:
     return "\n".join(lines)
 
 
-def table(trials: list[Trial]) -> str:
+def trial_table(trials: list[Trial]) -> str:
     """One line for each trial: what it alone has of the command line, and its figures once it has finished."""
     overrides = [dict(override.partition("=")[::2] for override in trial.overrides) for trial in trials]
     named = dict.fromkeys(key for own in overrides for key in own)
@@ -207,12 +208,12 @@ def table(trials: list[Trial]) -> str:
     summaries = [trial.run.summary() if trial.status == "finished" else {} for trial in trials]
     caches = {summary["kv_cache_bytes_per_token"] for summary in summaries if summary}
     columns = COLUMNS if len(caches) > 1 else COLUMNS[:-1]
-    rows = [["run", *keys, "status", *(heading for _, heading, _ in columns)]]
+    headings = ["run", *keys, "status", *(heading for _, heading, _ in columns)]
+    rows = []
     for trial, own, summary in zip(trials, overrides, summaries, strict=True):
         figures = [form.format(summary[key]) if summary else "-" for key, _, form in columns]
         rows.append([trial.name, *(_short(own.get(key, "-")) for key in keys), trial.status, *figures])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return table(headings, rows, left=len(keys) + 2)
 
 
 def _short(value: str) -> str:

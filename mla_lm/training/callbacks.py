@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 import time
 from collections import deque
 from statistics import median
@@ -18,7 +19,7 @@ from mla_lm.data.tokenizer import decode, encode
 from mla_lm.errors import UserError
 from mla_lm.hardware import DTYPES, inference_autocast, peak_memory_bytes
 from mla_lm.inference.generate import generate
-from mla_lm.terminal.side_by_side import printable
+from mla_lm.terminal.plain_text import printable
 from mla_lm.training.loggers import never_fatal
 from mla_lm.training.module import LanguageModel
 
@@ -142,10 +143,9 @@ class Samples(Callback):
         if not trainer.is_global_zero or not self.config.samples.max_tokens:
             return
         rows = [[prompt, self._continue(module, ids)] for prompt, ids in self.prompts.items()]
-        say = bar.print if (bar := trainer.progress_bar_callback) else print  # above the bar, not beside it
-        say(f"samples at step {trainer.global_step}:")
-        for prompt, text in rows:
-            say("  | " + "\n  | ".join(map(printable, (prompt + text).expandtabs(4).split("\n"))))
+        print(f"samples at step {trainer.global_step}:")
+        for prompt, text in rows:  # an empty line after each, as texts may have any number of lines
+            print(textwrap.indent(printable((prompt + text).expandtabs(4)), "  | ", lambda line: True) + "\n")
         for logger in trainer.loggers:
             with never_fatal(logger):
                 self._log(rows, logger, trainer.global_step)

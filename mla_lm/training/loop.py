@@ -1,6 +1,7 @@
 """One training run from its configuration to its summary."""
 
 import logging
+import shlex
 import sys
 import time
 import warnings
@@ -55,12 +56,13 @@ say_once = rank_zero_only(say)
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}  # they write fit-profile.txt into the run folder
 
 
-def train(config: TrainConfig, run: RunFolder, start: Start | None = None) -> float:
+def train(config: TrainConfig, run: RunFolder, start: Start | None = None, overrides: list[str] | None = None) -> float:
     """Train, test the best checkpoint, and fill the run folder.
 
     Args:
         config: checked; what it leaves open (vocabulary, precision, compile) is filled in here
         start: to go on from, in `run`
+        overrides: of one of several jobs, which prints them instead of its whole configuration
 
     Returns:
         the best validation loss, in nats per token
@@ -98,7 +100,7 @@ def train(config: TrainConfig, run: RunFolder, start: Start | None = None) -> fl
     if rank_zero_only.rank == 0:
         _prepare_folder(config, run, store, start)
     with unbreakable_output():
-        say_once(to_yaml(config))
+        say_once(to_yaml(config) if overrides is None else f"\njob         {run.path.name}: {shlex.join(overrides)}\n")
         say_once(table, "", *data_lines(store), *choices, "")
         return training.run_to_end(datamodule, start)
 
@@ -209,7 +211,7 @@ class _Training:
             self.metrics,
             self.cache_memory,
             self.checkpoints,
-            progress(config, self.metrics),
+            *progress(config, self.metrics),
             Samples(config, store),
             self.stop_on_signal,
         ]
@@ -280,7 +282,7 @@ class _Training:
             plugins=[self.checkpoints.io, *slurm],
             profiler=PROFILERS[config.profiler](self.run.path, "profile") if config.profiler else None,
             log_every_n_steps=1,  # the callbacks keep to the interval
-            enable_progress_bar=sys.stderr.isatty(),
+            enable_progress_bar=False,  # ProgressBar is ours
             enable_checkpointing=False,  # Checkpoints does it
             enable_model_summary=False,
             use_distributed_sampler=False,

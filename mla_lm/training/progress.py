@@ -1,46 +1,31 @@
-"""How a run shows that it goes on: a bar on a terminal, a line per logging step elsewhere."""
+"""How a run shows that it goes on: a line at each logging step, and on a terminal a bar below the lines."""
 
 import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
 from mla_lm.config import TrainConfig
 from mla_lm.training.callbacks import Metrics
 from mla_lm.training.module import LanguageModel
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-def progress(config: TrainConfig, metrics: Metrics) -> Callback:
-    return Bar(metrics) if sys.stderr.isatty() else Lines(config, metrics)
-
-
-class Bar(TQDMProgressBar):
-    """Lightning's bar: steps, time spent and left; loss and tokens per second of the last logging step."""
-
-    def __init__(self, metrics: Metrics):
-        super().__init__(refresh_rate=1)
-        self.metrics = metrics
-
-    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description("training")  # passes over the data are not counted by Lightning
-
-    def get_metrics(self, trainer: L.Trainer, module: LanguageModel) -> dict[str, Any]:
-        shown = {}
-        if self.metrics.train_loss is not None:
-            shown["loss"] = f"{self.metrics.train_loss:.3f}"
-        if self.metrics.rates:
-            shown["tokens/s"] = f"{self.metrics.rates[-1]:,.0f}"
-        if evaluated := getattr(module, "evaluated", None):
-            shown["val_loss"] = f"{next(iter(evaluated.values())):.3f}"
-        return shown
+FRAMES = 4  # of the bar a second
 
 
-class Lines(Callback):
-    """For log files: a line at each logging step and each validation."""
+def progress(config: TrainConfig, metrics: Metrics) -> list[Callback]:
+    on_terminal = sys.stderr.isatty() and rank_zero_only.rank == 0
+    return [LogLines(config, metrics), *([ProgressBar(config)] if on_terminal else [])]
+
+
+class LogLines(Callback):
+    """A line at each logging step and each validation."""
 
     def __init__(self, config: TrainConfig, metrics: Metrics):
         self.config, self.metrics = config, metrics
@@ -63,3 +48,70 @@ class Lines(Callback):
         if trainer.is_global_zero:
             shown = "  ".join(f"{name} {value:.4f}" for name, value in module.evaluated.items())
             print(f"step {trainer.global_step}  {shown}", flush=True)
+
+
+class ProgressBar(Callback):
+    """A bar on standard error, below what is printed meanwhile: steps of training, or batches of an evaluation."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.bars: Progress | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self._start()
+        steps = self.config.trainer.max_steps
+        self.training = self.bars.add_task("training", total=steps, completed=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.bars.update(self.training, completed=trainer.global_step)
+
+    def on_validation_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        # One row at a time: of two, the upper one would erase what a signal handler writes below them.
+        self.bars.update(self.training, visible=False)
+        self.evaluation = self.bars.add_task("validation", total=sum(trainer.num_val_batches))
+
+    def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self.bars.remove_task(self.evaluation)
+        self.bars.update(self.training, visible=True)
+
+    def on_test_epoch_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        self._start()
+        self.evaluation = self.bars.add_task("test", total=sum(trainer.num_test_batches))
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        self.bars.advance(self.evaluation)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def _start(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("elapsed"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=Console(stderr=True, markup=False, highlight=False, emoji=False),
+            refresh_per_second=FRAMES,
+            speed_estimate_period=600,  # seconds: steps may take minutes
+            redirect_stdout=sys.stdout.isatty(),  # what goes into a file stays there
+        )
+        self.bars.start()
+        self.bars.console.show_cursor()  # a process that is killed would leave the terminal without one
+
+    def _stop(self, *_: Any) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    on_train_end = on_test_end = on_exception = _stop

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mla_lm.files import write_atomically
 from mla_lm.terminal import cli
+from mla_lm.terminal.tables import table
 from scripts.bench import checkpoint, crossover, decode, loader, shakespeare, start, train
 from scripts.bench.measure import setup
-from scripts.compare import markdown
 
 COMMANDS = {
     "train": train,
@@ -48,17 +48,13 @@ def main() -> None:
     for line in (described, args):
         print(" ".join(f"{name}={value}" for name, value in line.items()))
     result = bench(argparse.Namespace(**args))
-    print(table(result["rows"]))
+    rows = result["rows"]
+    print(table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows]))
     for name, value in result["ratios"].items():
         print(f"ratio to {name}: {', '.join(map(cell, value)) if isinstance(value, list) else cell(value)}")
     if out:
         text = json.dumps({"setup": described, "arguments": args, **result}, indent=1)
         write_atomically(Path(out), lambda file: file.write(text.encode()))
-
-
-def table(rows: list[dict]) -> str:
-    """Rows of equal keys as a table in Markdown."""
-    return markdown([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)])
 
 
 def cell(value: object) -> str:

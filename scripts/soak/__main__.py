@@ -19,8 +19,8 @@ from types import ModuleType
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
 from mla_lm.terminal import cli
+from mla_lm.terminal.tables import table
 from scripts.bench.measure import setup
-from scripts.compare import markdown
 from scripts.soak import damage, disk, fuzz, hostile, killing, leaks, nonfinite, signals
 from scripts.soak.programs import Broken
 from scripts.soak.runs import prepare_root
@@ -69,7 +69,7 @@ def main() -> None:
         seconds[name] = time.monotonic() - began
         report(name, rows[name], seconds[name])
     lines = [[ROWS[name].TEST, "yes" if not row.failures else "no", row.figure] for name, row in rows.items()]
-    print(f"\n{markdown([['test', 'held', 'figure'], *lines])}")
+    print(f"\n{table(('test', 'held', 'figure'), lines, left=3)}")
     if args.json:
         write_json(Path(args.json), seed, args.quick, rows, seconds)
     if broken := [name for name, row in rows.items() if row.failures]:

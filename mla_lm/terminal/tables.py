@@ -1,0 +1,59 @@
+"""Tables as text, for a terminal, a log file or a file in Markdown."""
+
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+
+from mla_lm.terminal.plain_text import printable
+
+UNLIMITED = 100_000  # cells, wider than any table
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Columns beside each other. Names, paths and prompts in them are shown as they are, control characters escaped.
+
+    Where a terminal is too narrow, cells are folded between words. If that is not enough, rows become columns. A word
+    is never split. In a file or pipe, nothing is folded.
+
+    Args:
+        rows: each with as many cells as there are headings
+        left: number of columns aligned left; those after them, of figures, are aligned right
+    """
+    from rich.cells import cell_len
+
+    cells = [[_one_line(cell) for cell in row] for row in (headings, *rows)]
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        for text in (_draw(cells, left, width), _draw(list(zip(*cells, strict=True)), 1, width)):
+            if max(map(cell_len, text.split("\n"))) <= width:
+                return text
+    return _draw(cells, left, UNLIMITED)
+
+
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """The same table in Markdown."""
+    return _draw([[_one_line(cell).replace("|", r"\|") for cell in row] for row in (headings, *rows)], left)
+
+
+def _one_line(cell: str) -> str:
+    return printable(cell).replace("\n", r"\n")
+
+
+def _draw(cells: Sequence[Sequence[str]], left: int, width: int | None = None) -> str:
+    """In at most `width` cells, or more where the longest words need them; without a width, in Markdown."""
+    from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    style = {"box": box.MARKDOWN} if width is None else {"box": None, "padding": (0, 2, 0, 0), "pad_edge": False}
+    drawn = Table(**style)
+    for number, column in enumerate(zip(*cells, strict=True)):
+        longest_word = max((cell_len(word) for cell in column for word in cell.split()), default=0)
+        drawn.add_column(Text(column[0]), justify="left" if number < left else "right", min_width=longest_word)
+    for row in cells[1:]:
+        drawn.add_row(*map(Text, row))
+    console = Console()
+    text = "".join(part.text for part in console.render(drawn, console.options.update(width=width or UNLIMITED)))
+    return "\n".join(line.rstrip() for line in text.strip("\n").split("\n"))
