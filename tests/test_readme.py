@@ -1,29 +1,227 @@
-"""The README's Python runs, and `mla_lm` needs torch alone."""
+"""Every README: its commands name what exists, its links lead somewhere, its Python runs, its tables are right."""
 
+import ast
+import functools
+import importlib
+import itertools
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf, open_dict
+
+from mla_lm.config import TrainConfig, register_schema
+from mla_lm.keys import key_names
+from mla_lm.model.size import ModelSize, model_size
+from mla_lm.terminal import cli
 from tests.conftest import ROOT, succeeded
 
+MOST_LINES, LONGEST_LINE = 220, 120
+FOLDERS = ("conf", "mla_lm", "scripts", "tests")
+PAGES = [
+    page.relative_to(ROOT)
+    for page in (
+        ROOT / "README.md",
+        ROOT / "data" / "README.md",
+        *sorted(ROOT.glob(".github/*.md")),
+        *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md")),
+    )
+]
+GROUPS = [folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name != "hydra"]
+KEYS = key_names(TrainConfig)
+NOT_OURS = ("do_sample",)  # keys of other libraries
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+every_page = pytest.mark.parametrize("page", PAGES, ids=str)
 
 
-def test_python_of_the_readme(train, tmp_path, capsys):
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def inline_code(page: Path) -> list[str]:
+    return re.findall(r"`([^`]+)`", prose(page))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Each command of a page's bash blocks as words, the program without its folder."""
+    for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for separate, part in itertools.groupby(words, lambda word: word == "&&"):
+            if not separate:
+                program, *rest = itertools.takewhile(lambda word: word != "<", part)
+                yield [Path(program).name, *(word for word in rest if "..." not in word)]
+
+
+def check_command(words: list[str]) -> None:
+    """Fail where a command names a module, an option, a key or a file that does not exist."""
+    match words:
+        case ["python", "train.py", *arguments]:
+            check_training(arguments)
+        case ["python", "-m", "pytest", *arguments]:
+            check_pytest(arguments)
+        case ["python", "-m", module, *arguments] if module.startswith("scripts."):
+            check_tool(module, arguments)
+        case ["python", "-c", code]:
+            ast.parse(code)
+        case ["pip", "install", *packages]:
+            check_packages(packages)
+        case ["sbatch", script, *overrides]:
+            assert (ROOT / script).is_file()
+            check_training(overrides)
+        case ["wandb", "sweep", file]:
+            assert (ROOT / file).is_file()
+
+
+def check_training(arguments: list[str]) -> None:
+    register_schema()
+    cli.check_arguments(arguments, GROUPS)
+    overrides = [argument for argument in arguments if argument != "-m"]
+    values = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in OverridesParser.create().parse_overrides(overrides)
+    ]
+    for number in range(max(map(len, values), default=1)):  # each value of each list, not all combinations
+        check_composed(tuple(of_key[number % len(of_key)] for of_key in values))
+
+
+@functools.cache
+def check_composed(overrides: tuple[str, ...]) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", list(overrides), return_hydra_config=True)
+    with open_dict(composed):
+        del composed.hydra
+    cli.check_keys(composed, TrainConfig)
+    config: TrainConfig = OmegaConf.to_object(composed)
+    config.check()
+
+
+def check_tool(module: str, arguments: list[str]) -> None:
+    values = vars(parse_of(module, arguments))
+    if "overrides" in values:
+        check_training(values["overrides"])
+
+
+def parse_of(module: str, arguments: list[str]) -> Any:
+    package = (ROOT / module.replace(".", "/")).is_dir()
+    parse = importlib.import_module(f"{module}.__main__" if package else module).parse
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        return parse()
+
+
+def check_pytest(arguments: list[str]) -> None:
+    markers = [marker.partition(":")[0] for marker in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+    for option, value in itertools.pairwise(arguments):
+        if option == "-m":
+            assert set(re.findall(r"\w+", value)) - {"and", "or", "not"} <= set(markers), value
+
+
+def check_packages(packages: list[str]) -> None:
+    for option, value in itertools.pairwise(["", *packages]):
+        if option == "-r":
+            assert (ROOT / value).is_file(), value
+        if extra := re.fullmatch(r"\.\[(\w+)\]", value):
+            assert extra[1] in PROJECT["project"]["optional-dependencies"], value
+
+
+@every_page
+def test_commands_name_what_exists(page):
+    for words in commands(page):
+        check_command(words)
+
+
+@every_page
+def test_keys_options_and_flags_in_the_text_exist(page, capsys):
+    for code in inline_code(page):
+        words = code.split()
+        if all(re.match(r"[a-z][\w.]*=", word) for word in words):
+            for word in words:
+                check_key(*word.split("=", 1))
+        elif re.fullmatch(rf"({'|'.join(GROUPS)})(\.[a-z_]+)+", code) and not code.endswith((".py", ".yaml")):
+            assert any(f"{key}.".startswith(f"{code}.") for key in KEYS), code
+        elif tool := re.match(r"(?:python -m )?(scripts\.\w+)(?: ([a-z]+))?", code):
+            with pytest.raises(SystemExit):
+                parse_of(tool[1], [tool[2], "--help"] if tool[1] == "scripts.bench" and tool[2] else ["--help"])
+            options = capsys.readouterr().out
+            assert all(flag in options for flag in re.findall(r"--[\w-]+", code)), code
+
+
+def check_key(key: str, value: str) -> None:
+    options = [file.stem for file in (ROOT / "conf" / key).glob("*.yaml")]
+    if key in GROUPS and re.fullmatch(r"[a-z]\w*", value):
+        assert value in options, f"{key}={value}"
+    known = key in KEYS or key in GROUPS or key in NOT_OURS or key.startswith("hydra.")
+    assert known or key in ("group", "key"), f"{key}={value}"  # the words for any of them
+
+
+@every_page
+def test_files_of_the_code_exist(page):
+    named = {code for code in inline_code(page) if re.fullmatch(r"[a-z_./]+\.(py|cpp|sbatch)", code)}
+    assert [name for name in named if not (ROOT / name).exists() and not any(ROOT.glob(f"*/**/{name}"))] == []
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        if not path.startswith("https://"):
+            file = ROOT / page.parent / path if path else ROOT / page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def anchors(file: Path) -> set[str]:
+    """Those that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.DOTALL | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_lines_are_short(page):
+    long = [line for line in prose(page).splitlines() if len(line) > LONGEST_LINE and not line.startswith(("|", "!["))]
+    assert not long
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_LINES
+
+
+def test_python_of_the_front_page(train, tmp_path, capsys):
     succeeded(train("hydra.run.dir=run"))
-    standalone, block, loading = python_blocks()
+    (code,) = blocks(Path("README.md"), "python")
+    path = re.search(r'load_run\("(.*)"\)', code)[1]
+    capsys.readouterr()
     names: dict = {}
-    exec(standalone, names)
+    exec(code.replace(path, str(tmp_path / "run")), names)
     assert names["out"].shape == (2, 1, 256)
-    assert capsys.readouterr().out == f"256 {names['cache'].nbytes}\n"
-    exec(block, names)
-    assert names["out"].shape == (2, 256, 256)
-    path = re.search(r'load_run\("(.*)"\)', loading)[1]
-    exec(loading.replace(path, str(tmp_path / "run")), names)
+    assert capsys.readouterr().out.startswith(f"256 {names['cache'].nbytes}\n")
     assert names["logits"].shape[-1] == names["run_config"].model.vocab_size
     assert len(names["ids"]) == 20
+
+
+def test_python_of_the_architecture():
+    (code,) = blocks(Path("mla_lm/README.md"), "python")
+    names: dict = {}
+    exec(code, names)
+    assert names["out"].shape == (2, 256, 256)
 
 
 def test_the_attention_needs_torch_alone():
@@ -36,10 +234,56 @@ def test_the_attention_needs_torch_alone():
     assert result.stdout == "set()\n"
 
 
-def test_every_command_of_the_readme_names_what_exists():
-    """Modules and config options that the README's commands name are there."""
-    text = (ROOT / "README.md").read_text()
-    for module in set(re.findall(r"python -m scripts\.(\w+)", text)):
-        assert any((ROOT / "scripts" / name).is_file() for name in (f"{module}.py", f"{module}/__main__.py")), module
-    for group, option in re.findall(r"\b(model|data|debug|logger|schedule)=(\w+)", text):
-        assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group}={option}"
+def composed(*overrides: str) -> Any:
+    register_schema()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def test_every_key_is_there_with_its_default():
+    rows = re.findall(r"^\| `([a-z][\w.]*)` \| `(.*?)` \| (.+) \|$", (ROOT / "conf" / "README.md").read_text(), re.M)
+    defaults = {key: default for key, default, _ in rows if not key.startswith("hydra.")}
+    assert set(defaults) == set(KEYS)
+    config = OmegaConf.create(OmegaConf.to_container(composed()))
+    for key, shown in defaults.items():
+        default = OmegaConf.select(config, key)
+        default = OmegaConf.to_container(default) if OmegaConf.is_config(default) else default
+        assert (float(shown) if isinstance(default, float) else yaml.safe_load(shown)) == default, key
+
+
+def test_every_option_is_there():
+    text = (ROOT / "conf" / "README.md").read_text()
+    options = [file.stem for group in GROUPS for file in (ROOT / "conf" / group).glob("*.yaml")]
+    assert [option for option in options if f"`{option}`" not in text and not is_preset(option)] == []
+
+
+def is_preset(option: str) -> bool:
+    """Of the kinds and sizes that are named apart."""
+    return bool(re.fullmatch("(mla|mha|gqa|mqa)_(tiny|small|medium|large)", option))
+
+
+def size_of(preset: str, vocab_size: int) -> ModelSize:
+    model = OmegaConf.to_object(composed(f"model={preset}", f"model.vocab_size={vocab_size}").model)
+    return model_size(model)
+
+
+def test_the_table_of_the_four_kinds():
+    rows = re.findall(
+        r"^\| (\w+) \| ([\d,]+) \| ([\d.]+)M \| ([\d,]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.M
+    )
+    assert [kind for kind, *_ in rows] == ["mla", "mha", "gqa", "mqa"]
+    for kind, parameters, flops, cache, of_mha in rows:
+        size = size_of(f"{kind}_small", 4096)
+        per_token = size.cache_bytes_per_token(4, torch.bfloat16)
+        assert (parameters, cache) == (f"{size.parameters:,}", f"{per_token:,}")
+        assert (flops, of_mha) == (f"{size.flops_per_token / 1e6:.1f}", f"{per_token / 3072:.3f}")
+
+
+def test_the_table_of_presets():
+    text = (ROOT / "conf" / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .* ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.M)
+    assert [size for size, *_ in rows] == ["tiny", "small", "medium", "large"]
+    for size, vocabulary, *elements in rows:
+        for kind, shown in zip(("mla", "mha", "gqa", "mqa"), elements, strict=True):
+            counted = size_of(f"{kind}_{size}", int(vocabulary.replace(",", ""))).cache_elements_per_token_per_layer
+            assert shown == f"{counted:,}", f"{kind}_{size}"
