@@ -1,35 +1,46 @@
-"""What end-to-end tests share: a corpus of real text, and runs started as a user starts them."""
+"""What tests share: a corpus of real text, train.py as its user starts it, and runs that have finished."""
 
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import torch
+from filelock import FileLock
+from hypothesis import settings
 
 import train as train_script
 from mla_lm.config import TrainConfig
 from mla_lm.terminal import cli
 
+if TYPE_CHECKING:
+    from mla_lm.training.module import LanguageModel
+    from scripts.soak.programs import Program
+
 ROOT = Path(__file__).parents[1]
-# Small enough to train in seconds; fp32 on the CPU is what runs are bit-equal in.
-SMALL = (
-    "model=mla_tiny",
-    "model.num_layers=2",
-    "model.d_model=64",
-    "model.seq_len=32",
-    "model.ff_hidden=96",
-    "model.attention.kv_compressed_dim=16",
-    "model.attention.rope_dim=4",
-    "model.attention.nope_dim=12",
-    "model.attention.value_dim=16",
+# Small enough to train in a second; fp32 on the CPU is what runs are bit-equal in.
+KINDS = {
+    "mla": (
+        "model=mla_tiny",
+        "model.attention.kv_compressed_dim=16",
+        "model.attention.rope_dim=4",
+        "model.attention.nope_dim=12",
+        "model.attention.value_dim=16",
+    ),
+    "mha": ("model=mha_tiny",),
+    "gqa": ("model=gqa_tiny",),
+    "mqa": ("model=mqa_tiny",),
+}
+SIZES = ("model.num_layers=2", "model.d_model=64", "model.seq_len=32", "model.ff_hidden=96")
+SHORT = (
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
     "trainer.max_steps=6",
@@ -41,16 +52,103 @@ SMALL = (
     "logger=none",
     "compile=false",
 )
+SMALL = (*KINDS["mla"], *SIZES, *SHORT)
+# Every step accumulates four micro-batches of two windows, and dropout draws random numbers.
+ACCUMULATING = ("micro_batch_tokens=64", "model.dropout=0.1", "trainer.max_steps=16")
+
+settings.register_profile("tests", deadline=None, print_blob=True)  # a busy machine is no failure
+settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as e2e what starts a training run or a program of scripts/; tests that start a process say so themselves."""
+    for item in items:
+        if item.path.parent.name in ("e2e", "scripts") or "on_corpus" in item.fixturenames:
+            item.add_marker(pytest.mark.e2e)
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    """About 300 kB of Python, one text file."""
-    folder = Path(os.__file__).parent
-    text = "\n".join((folder / name).read_text() for name in ("argparse.py", "typing.py", "tarfile.py"))
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text(text)
+def session(tmp_path_factory) -> Path:
+    """A folder that all processes of a test session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _plain_machine(session):
+    """No GPU, no wandb account, a key of its own that signs runs, and one thread, as runs that are compared bit by bit
+    must have the same number.
+    """
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("XDG_CONFIG_HOME", str(session / "settings"))
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def corpus(session) -> Path:
+    """About 300 kB of Python, one text file. Read only: other processes read it as well."""
+    path = session / "corpus" / "corpus.txt"
+    with FileLock(session / "corpus.lock"):
+        if not path.exists():
+            path.parent.mkdir()
+            folder = Path(os.__file__).parent
+            path.write_text(
+                "\n".join((folder / name).read_text() for name in ("argparse.py", "typing.py", "tarfile.py"))
+            )
     return path
+
+
+@pytest.fixture(scope="session")
+def on_corpus(corpus) -> tuple[str, ...]:
+    """Overrides for training on the corpus."""
+    return (
+        "data=text",
+        f"data.files={corpus}",
+        "data.tokenizer.vocab_size=300",
+        "data.val_tokens=512",
+        f"data.cache_dir={corpus.parent / 'cache'}",
+    )
+
+
+@pytest.fixture
+def train(tmp_path, on_corpus) -> "TrainCommand":
+    return TrainCommand(tmp_path, on_corpus)
+
+
+@pytest.fixture(scope="session")
+def runs(session, on_corpus) -> Path:
+    """A folder with a finished run of each kind, and beside each, in KIND.out, what train.py printed. Read only."""
+    folder = session / "runs"
+    with FileLock(session / "runs.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            for kind, attention in KINDS.items():
+                command = (*attention, *SIZES, *SHORT, *on_corpus, f"hydra.run.dir={kind}")
+                result = succeeded(TrainCommand(folder, on_corpus).bare(*command))
+                (folder / f"{kind}.out").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(session, on_corpus) -> Path:
+    """The run of `ACCUMULATING` that nothing happened to. Read only."""
+    folder = session / "uninterrupted"
+    with FileLock(session / "uninterrupted.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            succeeded(TrainCommand(folder, on_corpus)(*ACCUMULATING, "hydra.run.dir=run"))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(runs, tmp_path) -> Path:
+    """A copy of the MLA run, to change: tmp_path/run."""
+    return Path(shutil.copytree(runs / "mla", tmp_path / "run"))
 
 
 @dataclass
@@ -74,21 +172,18 @@ class TrainCommand:
         """With these overrides only; in this process, which saves the time to import torch."""
         return call_main(lambda: cli.run(train_script.main, TrainConfig), ["train.py", *overrides], self.folder)
 
-    def start(self, *overrides: str) -> subprocess.Popen:
-        """A process of its own, to be sent signals."""
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *overrides],
-            cwd=self.folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(self, *overrides: str, prepare: Callable[[], object] | None = None) -> "Program":
+        """In a process of its own that is forked from this one, where `prepare` is called first: to plant a fault."""
+        from scripts.soak.programs import Program
 
-    @staticmethod
-    def finish(process: subprocess.Popen) -> Result:
-        out, err = process.communicate(timeout=300)
-        return Result(process.returncode, out, err)
+        return Program("train.py", overrides, self.folder, prepare)
+
+    def process(self, *overrides: str) -> Result:
+        """As a user starts it, which takes seconds to import everything."""
+        command = [sys.executable, str(ROOT / "train.py"), *overrides]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=300)
+        return Result(done.returncode, done.stdout, done.stderr)
 
 
 def call_main(program: Callable[[], NoReturn], arguments: list[str], folder: Path) -> Result:
@@ -104,31 +199,41 @@ def call_main(program: Callable[[], NoReturn], arguments: list[str], folder: Pat
     return Result(status if isinstance(status, int) else 1, out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _plain_machine(tmp_path_factory):
-    """No GPU, no wandb account, a key of its own that signs runs, and one thread, as runs that are compared bit by bit
-    must have the same number.
-    """
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
-        torch.set_num_threads(1)
-        yield
-    torch.set_num_threads(threads)
+def send_at(step: int, *signals: int) -> Callable[[], None]:
+    """For `start(prepare=...)`: within the step that follows so many, the process sends itself these signals."""
+
+    def plant() -> None:
+        from scripts.soak.programs import before
+
+        left = list(signals)
+
+        def send(module: Any) -> None:
+            while left and module.global_step == step:
+                os.kill(os.getpid(), left.pop(0))
+
+        before("training_step", send)
+
+    return plant
 
 
-@pytest.fixture
-def train(tmp_path, corpus) -> TrainCommand:
-    data = (
-        "data=text",
-        f"data.files={corpus}",
-        "data.tokenizer.vocab_size=300",
-        "data.val_tokens=512",
-        f"data.cache_dir={corpus.parent / 'cache'}",
-    )
-    return TrainCommand(tmp_path, data)
+def plant(monkeypatch, hook: str, steps: Collection[int], act: Callable[["LanguageModel"], object]) -> None:
+    """Do something to runs of this process just before a hook of their module, at these steps."""
+    from mla_lm.training.module import LanguageModel
+
+    before = getattr(LanguageModel, hook)
+
+    def planted(module: LanguageModel, *arguments: Any) -> Any:
+        if module.global_step in steps:
+            with torch.no_grad():
+                act(module)
+        return before(module, *arguments)
+
+    monkeypatch.setattr(LanguageModel, hook, planted)
+
+
+def wait_until_stopped(process: "Program") -> None:
+    """By SIGSTOP."""
+    os.waitid(os.P_PID, process.process.pid, os.WSTOPPED | os.WNOWAIT)
 
 
 def summary_of(run: Path) -> dict:

@@ -1,5 +1,7 @@
 """What the machine offers, as far as a machine without a GPU can tell."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -7,7 +9,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mla_lm import Transformer, TransformerConfig, UserError
 from mla_lm.config import TrainConfig
-from mla_lm.hardware import choose_products, take_own_gpu
+from mla_lm.hardware import choose_accelerator, choose_compile, choose_precision, choose_products, take_own_gpu
 from mla_lm.training.module import LanguageModel
 
 
@@ -63,6 +65,31 @@ def test_products_on_a_cpu_are_of_fp32_whatever_came_before():
     torch.set_float32_matmul_precision("high")
     assert choose_products("cpu", "32-true") == ""
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_devices_and_precisions_that_this_machine_has_not():
+    with pytest.raises(UserError, match=r"trainer\.accelerator=mps: this machine has none"):
+        choose_accelerator("mps")
+    with pytest.raises(UserError, match="16-mixed needs a GPU"):
+        choose_precision("16-mixed", "cpu")
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch):
+    """A run that would gain goes on without, one that asks for it is refused."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiled, why = choose_compile(None, "cpu", 1e6)
+    assert not compiled
+    assert "it would pay, but torch.compile does not work: there is no C++ compiler no-such-compiler" in why
+    with pytest.raises(UserError, match=r"compile=true.*no-such-compiler\n.*CXX="):
+        choose_compile(True, "cpu", 1e6)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder that nobody can write to")
+def test_without_a_folder_to_compile_in_nothing_is_compiled(monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")
+    torch.compiler.reset()  # or what another test has compiled would do
+    with pytest.raises(UserError, match=r"compile=true.*/proc.*\n.*TORCHINDUCTOR_CACHE_DIR="):
+        choose_compile(True, "cpu", 1e6)
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from itertools import islice
 
@@ -20,9 +21,9 @@ from mla_lm.data.windows import Order
 from mla_lm.errors import UserError
 from mla_lm.runs.report import data_lines
 from mla_lm.training.datamodule import TextDataModule
-from tests.conftest import SMALL, refused, succeeded
+from scripts.soak.runs import check_same
+from tests.conftest import ACCUMULATING, SMALL, refused, send_at, succeeded
 from tests.data.conftest import STORIES
-from tests.runs.test_resume import ACCUMULATING, assert_same, wait_for_step
 
 WAVES = "".join(f"The {i}th wave broke on the shore.\n" for i in range(900))
 GULLS = "".join(f"{i} gulls cried naïvely, ☃" + "!" * (i % 5) + "\n" for i in range(200))
@@ -192,12 +193,10 @@ def mixture(corpus, tmp_path, *weights):
 def test_a_run_that_was_killed_is_resumed_exactly(train, tmp_path, corpus):
     train.data = mixture(corpus, tmp_path, 0.7, 0.3)
     succeeded(train(*ACCUMULATING, "hydra.run.dir=whole"))
-    process = train.start(*SMALL, *train.data, *ACCUMULATING, "hydra.run.dir=run")
-    wait_for_step(tmp_path / "run", 5, process)
-    process.kill()
-    process.communicate()
-    succeeded(train.bare(f"ckpt_path={tmp_path / 'run'}"))
-    assert_same(tmp_path / "run", tmp_path / "whole")
+    command = (*SMALL, *train.data, *ACCUMULATING, "hydra.run.dir=run")
+    assert train.start(*command, prepare=send_at(5, signal.SIGKILL)).wait().returncode == -signal.SIGKILL
+    succeeded(train.bare("ckpt_path=run"))
+    check_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_run_and_another_from_its_weights(train, tmp_path, corpus):

@@ -3,17 +3,14 @@
 import gzip
 import json
 import math
-import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from mla_lm.data.config import TokenizerConfig
+from mla_lm.data.tokenizer import build_tokenizer
 from mla_lm.terminal import cli
 from scripts import compare, generate
-from tests.conftest import ROOT, SMALL, call_main, refused, succeeded, summary_of
+from tests.conftest import SMALL, call_main, refused, succeeded, summary_of
 
 MISTAKES = [
     (["--cfg=job", "-m"], ["--multirun and --cfg"]),
@@ -25,25 +22,9 @@ MISTAKES = [
     (["+model._target_=os.system"], ["unknown key model._target_"]),
     (["data=mixture", "data.files=null", "data.parts=[{_target_:os.system,weight:1}]"], ["unknown key _target_"]),
     (["optimizer.lr=abc"], ["optimizer.lr", "abc"]),
-    (["trainer.max_steps=1.5"], ["trainer.max_steps", "1.5"]),
     (["model.attention.rope_dim=7"], ["rope_dim=7", "even"]),
-    (["model.num_heads=5"], ["d_model=64", "num_heads=5"]),
-    (["model.attention.num_kv_heads=2"], ["num_kv_heads"]),
-    (["trainer.precision=fp8"], ["trainer.precision=fp8", "bf16-mixed"]),
-    (["trainer.precision=16-mixed"], ["16-mixed", "GPU"]),
     (["trainer.accelerator=gpu"], ["trainer.accelerator=gpu"]),
-    (["tokens_per_step=100"], ["tokens_per_step=100", "32"]),
-    (["optimizer.lr=-1"], ["optimizer.lr"]),
-    (["schedule.kind=linear"], ["schedule.kind=linear", "cosine"]),
-    (["schedule=wsd", "schedule.warmup_fraction=0.9"], ["warmup_fraction"]),
     (["data.files=nothing/*.txt"], ["nothing/*.txt", "no file"]),
-    (["data.files=null"], ["data.files"]),
-    (["data.tokenizer.kind=file", "data.tokenizer.file=nothing.json"], ["nothing.json"]),
-    (["data.tokenizer.vocab_size=10"], ["vocab_size=10"]),
-    (["data.source=web"], ["data.source=web"]),
-    (["samples.temperature=-1"], ["samples.temperature"]),
-    (["seed=-1"], ["seed=-1"]),
-    (["optimizer.lr=nan"], ["optimizer.lr"]),
     (["data.files=2024"], ["2024", "no file"]),
     (["data.tokenizer.kind=characters", "data.prompts=[☃]"], ["☃"]),
     (["samples.max_tokens=4", "data.prompts=[" + "word" * 50 + "]"], ["data.prompts", "model.seq_len=32"]),
@@ -70,13 +51,7 @@ def test_mistake(train, tmp_path, overrides, words):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_compiling_without_a_compiler(train, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    refused(train("compile=true"), "compile=true", "no-such-compiler", "CXX=")
-
-
-@pytest.fixture
-def failing_compiler(tmp_path, monkeypatch):
+def test_compiling_with_a_compiler_that_fails(train, tmp_path, monkeypatch):
     compiler = tmp_path / "compiler"
     compiler.write_text(
         "#!/bin/sh\n"
@@ -86,24 +61,8 @@ def failing_compiler(tmp_path, monkeypatch):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-
-
-def test_compiling_with_a_compiler_that_fails(train, failing_compiler):
-    result = train.finish(train.start(*SMALL, *train.data, "compile=true"))  # torch asks for CXX once in a process
+    result = train.process(*SMALL, *train.data, "compile=true")  # torch asks for CXX once in a process
     refused(result, "compile=true", "Python.h: No such file", "CXX=")
-
-
-def test_where_compiling_would_pay_and_fails_the_run_goes_on_without(failing_compiler):
-    program = "from mla_lm.hardware import choose_compile; print(*choose_compile(None, 'cpu', 1e6))"
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.fullmatch("False it would pay, but .*Python.h: No such file\n", result.stdout)
-
-
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder that nobody can write to")
-def test_compiling_without_a_folder_to_compile_in(train, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc")
-    result = train.finish(train.start(*SMALL, *train.data, "compile=true"))
-    refused(result, "compile=true", "/proc", "TORCHINDUCTOR_CACHE_DIR=")
 
 
 def test_files_of_others_are_left_alone(train, tmp_path):
@@ -121,20 +80,14 @@ def test_a_folder_without_a_checkpoint_can_be_begun_again(train, tmp_path):
     succeeded(train("hydra.run.dir=run"))
 
 
-def test_damaged_run_files(train, tmp_path):
-    succeeded(train("hydra.run.dir=run"))
-    run = tmp_path / "run"
-    whole = (run / "config.yaml").read_text()
-    for text in ("a: [1", ""):
-        (run / "config.yaml").write_text(text)
-        refused(train.bare(f"ckpt_path={run}"), "config.yaml")
-        (run / "config.yaml").write_text(whole)
+def test_a_damaged_configuration(train, run):
+    (run / "config.yaml").write_text("a: [1")
+    refused(train.bare(f"ckpt_path={run}"), "config.yaml")
 
 
-def test_summaries_that_are_no_runs(train, tmp_path):
+def test_summaries_that_are_no_runs(train, run, tmp_path):
     """compare names what is wrong in one; a run goes on without it."""
-    succeeded(train("hydra.run.dir=run"))
-    file = tmp_path / "run" / "summary.json"
+    file = run / "summary.json"
     whole = json.loads(file.read_text())
     spoiled = [{**whole, "kv_cache_vs_mha": {}}, {**whole, "val_loss": math.inf}, {**whole, "parameters": "many"}]
     for summary in [{k: v for k, v in whole.items() if k != "data_fingerprint"}, *spoiled]:
@@ -142,23 +95,20 @@ def test_summaries_that_are_no_runs(train, tmp_path):
         refused(call_main(lambda: cli.run(compare.main), ["compare", "run"], tmp_path), "summary.json", "damaged")
     result = succeeded(train.bare("ckpt_path=run", "trainer.max_steps=7"))
     assert "summary.json is damaged" in result.stderr
-    assert summary_of(tmp_path / "run")["finished"]
+    assert summary_of(run)["finished"]
 
 
-def test_a_run_whose_precision_was_never_settled(train, tmp_path):
-    succeeded(train("hydra.run.dir=run"))
-    file = tmp_path / "run" / "config.yaml"
+def test_a_run_whose_precision_was_never_settled(run, tmp_path):
+    file = run / "config.yaml"
     file.write_text(file.read_text().replace("precision: 32-true", "precision: auto"))
     result = call_main(lambda: cli.run(generate.main), ["generate", "run", "--prompt", "a"], tmp_path)
     refused(result, "config.yaml", "trainer.precision=auto")
 
 
-def test_a_tokenizer_of_another_model(train, tmp_path):
-    succeeded(train("hydra.run.dir=run"))
-    succeeded(train("data.tokenizer.vocab_size=310", "hydra.run.dir=other"))
-    shutil.copy(tmp_path / "other" / "tokenizer.json", tmp_path / "run" / "tokenizer.json")
+def test_a_tokenizer_of_another_model(run, tmp_path):
+    build_tokenizer(TokenizerConfig(kind="bytes"), []).save(str(run / "tokenizer.json"))
     result = call_main(lambda: cli.run(generate.main), ["generate", "run", "--prompt", "a"], tmp_path)
-    refused(result, "tokenizer.json", "310 entries", "300")
+    refused(result, "tokenizer.json", "257 entries", "300")
 
 
 def test_empty_packed_file(train, tmp_path):
@@ -166,24 +116,9 @@ def test_empty_packed_file(train, tmp_path):
     refused(train("data.files=empty.jsonl.gz"), "empty.jsonl.gz", "empty")
 
 
-def test_empty_file(train, tmp_path):
-    (tmp_path / "empty.txt").touch()
-    refused(train("data.files=empty.txt"), "empty.txt", "empty")
-
-
-def test_undecodable_file(train, tmp_path):
-    (tmp_path / "latin1.txt").write_bytes("café ".encode("latin-1") * 1000)
-    refused(train("data.files=latin1.txt"), "latin1.txt", "UTF-8")
-
-
 def test_text_shorter_than_a_window(train, tmp_path):
     (tmp_path / "short.txt").write_text("A few words, not enough to train on.\n" * 4)
     refused(train("data.files=short.txt", "model.seq_len=128", "tokens_per_step=128"), "train", "model.seq_len=128")
-
-
-def test_missing_column(train, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"body": "text"}\n' * 10)
-    refused(train("data.files=rows.jsonl"), "text", "body")
 
 
 def test_column_that_is_not_text(train, tmp_path):
@@ -212,7 +147,6 @@ MIXTURE = "data.parts=[{{source:text,files:'{0}',weight:0.5}},{{source:text,file
     ("second", "words"),
     [
         ("weight:0.4", ["data.parts", "sum to 0.9", "0.55555556, 0.44444444"]),
-        ("weight:-0.5", ["data.parts[1].weight=-0.5", "0.001"]),
         ("wieght:0.5", ["wieght", "data.parts", "did you mean weight"]),
         ("weight: half", ["data.parts", "half"]),
         ("weight:0.5,splits:{dev:a}", ["dev", "data.parts"]),

@@ -13,16 +13,15 @@ from mla_lm.errors import UserError
 from mla_lm.runs.checkpoint import load_checkpoint, steps_behind
 from mla_lm.runs.folder import RunFolder
 from mla_lm.runs.resume_point import newest_start
+from scripts.soak.runs import check_same
 from tests.conftest import TrainCommand, refused, rows_of, succeeded, summary_of
-from tests.runs.test_resume import assert_same
 
 MORE = "trainer.max_steps=9"
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, corpus) -> TrainCommand:
-    data = ("data=text", f"data.files={corpus}", "data.tokenizer.vocab_size=300", "data.val_tokens=512")
-    return TrainCommand(tmp_path_factory.mktemp("start"), (*data, f"data.cache_dir={corpus.parent / 'cache'}"))
+def command(tmp_path_factory, on_corpus) -> TrainCommand:
+    return TrainCommand(tmp_path_factory.mktemp("start"), on_corpus)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def test_goes_on_from_the_one_before(command, longer, tmp_path, how):
     for name, content in damaged.items():
         assert str(folder / name) in result.stderr
         assert (folder / f"{name}.damaged-1").read_bytes() == content
-    assert_same(run, longer)
+    check_same(run, longer)
     assert summary_of(run)["finished"]
 
 
@@ -125,7 +124,7 @@ def test_best_is_made_again_from_the_last_where_only_it_could_not_be_written(com
     (run / "checkpoints" / "best.ckpt").unlink()
     (run / "summary.json").unlink()
     succeeded(command.bare(f"ckpt_path={run}"))
-    assert_same(run, longer)
+    check_same(run, longer)
 
 
 def test_a_named_one_gives_up_what_lies_after_it(command, longer, tmp_path):
