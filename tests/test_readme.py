@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
+from mla_lm.attention import KINDS
 from mla_lm.config import TrainConfig, register_schema
 from mla_lm.keys import key_names
 from mla_lm.model.size import ModelSize, model_size
 from mla_lm.terminal import cli
 from tests.conftest import ROOT, succeeded
+from tests.kinds import preset_of
 
 MOST_LINES, LONGEST_LINE = 220, 120
 FOLDERS = ("conf", "mla_lm", "scripts", "tests")
@@ -234,17 +237,13 @@ def test_the_attention_needs_torch_alone():
     assert result.stdout == "set()\n"
 
 
-def composed(*overrides: str) -> Any:
-    register_schema()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", list(overrides))
-
-
 def test_every_key_is_there_with_its_default():
     rows = re.findall(r"^\| `([a-z][\w.]*)` \| `(.*?)` \| (.+) \|$", (ROOT / "conf" / "README.md").read_text(), re.M)
     defaults = {key: default for key, default, _ in rows if not key.startswith("hydra.")}
     assert set(defaults) == set(KEYS)
-    config = OmegaConf.create(OmegaConf.to_container(composed()))
+    register_schema()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("train")
     for key, shown in defaults.items():
         default = OmegaConf.select(config, key)
         default = OmegaConf.to_container(default) if OmegaConf.is_config(default) else default
@@ -259,19 +258,18 @@ def test_every_option_is_there():
 
 def is_preset(option: str) -> bool:
     """Of the kinds and sizes that are named apart."""
-    return bool(re.fullmatch("(mla|mha|gqa|mqa)_(tiny|small|medium|large)", option))
+    return bool(re.fullmatch(f"({'|'.join(KINDS)})_(tiny|small|medium|large)", option))
 
 
 def size_of(preset: str, vocab_size: int) -> ModelSize:
-    model = OmegaConf.to_object(composed(f"model={preset}", f"model.vocab_size={vocab_size}").model)
-    return model_size(model)
+    return model_size(replace(preset_of(preset), vocab_size=vocab_size))
 
 
 def test_the_table_of_the_four_kinds():
     rows = re.findall(
         r"^\| (\w+) \| ([\d,]+) \| ([\d.]+)M \| ([\d,]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.M
     )
-    assert [kind for kind, *_ in rows] == ["mla", "mha", "gqa", "mqa"]
+    assert [kind for kind, *_ in rows] == list(KINDS)
     for kind, parameters, flops, cache, of_mha in rows:
         size = size_of(f"{kind}_small", 4096)
         per_token = size.cache_bytes_per_token(4, torch.bfloat16)
@@ -284,6 +282,6 @@ def test_the_table_of_presets():
     rows = re.findall(r"^\| `(\w+)` \| .* ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.M)
     assert [size for size, *_ in rows] == ["tiny", "small", "medium", "large"]
     for size, vocabulary, *elements in rows:
-        for kind, shown in zip(("mla", "mha", "gqa", "mqa"), elements, strict=True):
+        for kind, shown in zip(KINDS, elements, strict=True):
             counted = size_of(f"{kind}_{size}", int(vocabulary.replace(",", ""))).cache_elements_per_token_per_layer
             assert shown == f"{counted:,}", f"{kind}_{size}"
