@@ -26,7 +26,7 @@ from mla_lm.config import TrainConfig, register_schema
 from mla_lm.keys import key_names
 from mla_lm.model.size import ModelSize, model_size
 from mla_lm.terminal import cli
-from tests.conftest import ROOT, succeeded
+from tests.conftest import ROOT
 from tests.kinds import preset_of
 
 MOST_LINES, LONGEST_LINE = 220, 120
@@ -207,13 +207,11 @@ def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_LINES
 
 
-def test_python_of_the_front_page(train, tmp_path, capsys):
-    succeeded(train("hydra.run.dir=run"))
+def test_python_of_the_front_page(runs, capsys):
     (code,) = blocks(Path("README.md"), "python")
     path = re.search(r'load_run\("(.*)"\)', code)[1]
-    capsys.readouterr()
     names: dict = {}
-    exec(code.replace(path, str(tmp_path / "run")), names)
+    exec(code.replace(path, str(runs / "mla")), names)
     assert names["out"].shape == (2, 1, 256)
     assert capsys.readouterr().out.startswith(f"256 {names['cache'].nbytes}\n")
     assert names["logits"].shape[-1] == names["run_config"].model.vocab_size
@@ -227,6 +225,7 @@ def test_python_of_the_architecture():
     assert names["out"].shape == (2, 256, 256)
 
 
+@pytest.mark.e2e
 def test_the_attention_needs_torch_alone():
     """`from mla_lm import MLA, MLAConfig` loads none of the training packages."""
     script = (
