@@ -5,6 +5,7 @@ import json
 import math
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mla_lm.config import TrainConfig
-from mla_lm.errors import UserError
+from mla_lm.errors import Interrupted, UserError
 from mla_lm.files import write_atomically
 from mla_lm.runs.folder import RunFolder
 from mla_lm.terminal.plain_text import say
@@ -118,7 +119,7 @@ def _wandb_loggers(config: TrainConfig, run: RunFolder) -> list[Logger]:
     if mode == "disabled":
         return []
 
-    run_id = run.wandb_id_file.read_text().strip() if run.wandb_id_file.is_file() else secrets.token_hex(4)
+    run_id = _wandb_id(run)
     write_atomically(run.wandb_id_file, lambda file: file.write(run_id.encode() + b"\n"))
     settings = {
         "id": run_id,
@@ -141,6 +142,18 @@ def _wandb_loggers(config: TrainConfig, run: RunFolder) -> list[Logger]:
     return [WandbLogger(experiment=experiment, project=config.logger.project, save_dir=str(run.path))]
 
 
+def _wandb_id(run: RunFolder) -> str:
+    """Of the run in wandb: what wandb's agent gave to a run of its sweep, what the folder has, or a new one."""
+    if in_wandb_sweep() and (given := os.environ.get("WANDB_RUN_ID")):
+        return given  # wandb.init takes no other then
+    return run.wandb_id_file.read_text().strip() if run.wandb_id_file.is_file() else secrets.token_hex(4)
+
+
+def in_wandb_sweep() -> bool:
+    """Whether an agent of wandb has started this process, as `wandb agent` does for conf/wandb_sweep.yaml."""
+    return "WANDB_SWEEP_ID" in os.environ
+
+
 def wandb_mode(host: str) -> str:
     """What WANDB_MODE says; otherwise online where this user has logged in to `host`, offline where not.
 
@@ -157,12 +170,19 @@ def wandb_mode(host: str) -> str:
     return "online" if logged_in else "offline"
 
 
-def finish_wandb(loggers: list[Logger], summary: dict[str, Any] | None = None) -> str | None:
+def finish_wandb(
+    loggers: list[Logger], summary: dict[str, Any] | None = None, error: BaseException | None = None
+) -> str | None:
     """Close wandb's run before anything else is printed; return the command that uploads it, if it is offline.
+
+    A run of wandb's own sweep that a signal other than Ctrl-C has stopped goes back into the sweep's queue, from which
+    the next agent takes it, with the same id.
 
     Args:
         summary: figures of the run, to be its summary
+        error: what ended the run before its time
     """
+    signum = error.signum if isinstance(error, Interrupted) else None
     upload = None
     for logger in loggers:
         if type(logger).__name__ == "WandbLogger":
@@ -170,6 +190,8 @@ def finish_wandb(loggers: list[Logger], summary: dict[str, Any] | None = None) -
                 experiment = logger.experiment
                 offline, folder = experiment.offline, Path(experiment.dir).parent
                 experiment.summary.update(summary or {})
-                experiment.finish()
+                if signum not in (None, signal.SIGINT) and in_wandb_sweep():
+                    experiment.mark_preempting()
+                experiment.finish(exit_code=128 + signum if signum else int(error is not None))
                 upload = f"wandb sync {folder}" if offline else None
     return upload

@@ -236,11 +236,11 @@ class _Training:
         except (Interrupted, TrainingFailed) as error:
             stop = error
         except BaseException as error:
-            finish_wandb(loggers)  # the next job of a multirun would log into it
+            finish_wandb(loggers, error=error)  # the next job of a multirun would log into it
             if isinstance(error, UserError) or not (stop := self._told_apart(error)):
                 raise
         if trainer.is_global_zero:
-            self._report(trainer, loggers, tested)
+            self._report(trainer, loggers, tested, stop)
         if stop:
             raise stop
         return self.checkpoints.best["val/loss"]
@@ -295,9 +295,9 @@ class _Training:
         log(trainer, self.module.evaluated)
         return self.module.evaluated
 
-    def _report(self, trainer: L.Trainer, loggers: list, tested: dict[str, float]) -> None:
+    def _report(self, trainer: L.Trainer, loggers: list, tested: dict[str, float], stop: BaseException | None) -> None:
         summary = self._summary(trainer, tested, loggers[0].seconds)
-        upload = finish_wandb(loggers, summary)
+        upload = finish_wandb(loggers, summary, stop)
         try:
             self.run.write_summary(summary)
         except UserError as error:  # the figures are shown all the same, and made again from the last checkpoint
