@@ -21,9 +21,10 @@ from mla_lm.model.config import AttentionConfig, TransformerConfig
 from mla_lm.model.size import model_size
 from mla_lm.optim.optimizer import OptimizerConfig
 from mla_lm.runs.folder import RunFolder
+from mla_lm.study import plot
+from mla_lm.study.compare import Run, named_rows
 from mla_lm.terminal import cli
-from scripts import compare, plot
-from scripts.compare import Run, named_rows
+from scripts import compare
 from tests.conftest import SMALL, Result, TrainCommand, call_main, refused, rows_of, succeeded, summary_of
 
 
@@ -147,7 +148,7 @@ def test_damaged_metrics(runs, tmp_path):
 
 
 def test_without_matplotlib(runs, tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "scripts.plot")
+    monkeypatch.delitem(sys.modules, "mla_lm.study.plot")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as Python itself marks what cannot be imported
     succeeded(run(runs, "mla"))
     refused(run(runs, "mla", "--out", str(tmp_path / "out")), "matplotlib", "pip install")
