@@ -3,7 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -15,7 +15,7 @@ from mla_lm.hardware import DTYPES, memory_bytes
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.transformer import Transformer
 from mla_lm.runs.checkpoint import load_checkpoint
-from mla_lm.runs.folder import find_best
+from mla_lm.runs.folder import RunFolder, find_best
 
 
 class LoadedRun(NamedTuple):
@@ -37,7 +37,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
     """
     run, checkpoint = find_best(path)
     config = run.config()
-    weights = load_checkpoint(checkpoint)["state_dict"]
+    weights = _load_checkpoint_of(run, checkpoint)["state_dict"]
     check_describes(config.model, weights, checkpoint)
     if config.trainer.precision not in DTYPES:
         raise UserError(f"{run.config_file} is no run's: trainer.precision={config.trainer.precision}")
@@ -49,6 +49,17 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
     model = Transformer(config.model)
     model.load_state_dict(weights)
     return LoadedRun(model.to(device).eval(), tokenizer, config)
+
+
+def _load_checkpoint_of(run: RunFolder, checkpoint: Path) -> dict[str, Any]:
+    """As `load_checkpoint`; where the best one is damaged, the message names the last."""
+    try:
+        return load_checkpoint(checkpoint)
+    except UserError as error:
+        lasts = run.lasts() if checkpoint == run.best else []
+        if not lasts:
+            raise
+        raise UserError(f"{error}\n  the last checkpoint may be whole: give {lasts[0]} in place of the run") from error
 
 
 def load_weights(model: Transformer, checkpoint: Path) -> None:
