@@ -14,7 +14,7 @@ from mla_lm.runs.folder import RunFolder
 from mla_lm.runs.trust import KEY_BYTES, is_signed, paths_wanted, sign
 from mla_lm.terminal import cli
 from scripts import compare, convert, evaluate, export, generate
-from tests.conftest import SMALL, Result, TrainCommand, call_main, refused, succeeded, summary_of
+from tests.conftest import Result, TrainCommand, call_main, refused, succeeded, summary_of
 
 MORE = "trainer.max_steps=8"
 
@@ -107,13 +107,10 @@ def test_every_path_of_the_configuration_is_named():
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory, corpus) -> Path:
-    """A run, and text that it was trained on."""
-    folder = tmp_path_factory.mktemp("theirs")
-    data = ("data=text", f"data.files={corpus}", "data.val_tokens=512", f"data.cache_dir={folder / 'cache'}")
-    succeeded(TrainCommand(folder, data)("data.tokenizer.vocab_size=300", "hydra.run.dir=run"))
-    return folder / "run"
+@pytest.fixture
+def theirs(runs) -> Path:
+    """A run of a user with another key."""
+    return runs / "mla"
 
 
 @pytest.fixture
@@ -207,9 +204,9 @@ def test_beginning_from_a_foreign_run_reads_its_weights_only(foreign, train, tmp
     assert not (tmp_path / "public").exists()
 
 
-def test_converting_does_not_make_a_foreign_run_ones_own(train, settings, tmp_path):
-    small = [override for override in SMALL if not override.startswith(("model=", "model.attention"))]
-    succeeded(train.bare("model=mha_tiny", *small, *train.data, "hydra.run.dir=run"))
+def test_converting_does_not_make_a_foreign_run_ones_own(runs, settings, tmp_path):
+    run = RunFolder(Path(shutil.copytree(runs / "mha", tmp_path / "run")))
+    sign(run, run.config())
     (tmp_path / "text.txt").write_text("def main():\n    return None\n" * 200)
     sizes = ("--kv-compressed-dim", "8", "--rope-dim", "4", "--files", "text.txt")
     succeeded(call(convert, tmp_path, "run", "own", *sizes))
@@ -221,9 +218,9 @@ def test_converting_does_not_make_a_foreign_run_ones_own(train, settings, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_is_written_through_a_foreign_link(train, tmp_path):
+def test_nothing_is_written_through_a_foreign_link(train, run, tmp_path):
     """`checkpoints` of somebody else's run that is a link to those of a run of this user."""
-    succeeded(train("hydra.run.dir=mine"))
+    run.rename(tmp_path / "mine")
     shutil.copytree(tmp_path / "mine", tmp_path / "theirs")
     (tmp_path / "theirs" / "origin").unlink()
     shutil.rmtree(tmp_path / "theirs" / "checkpoints")

@@ -3,9 +3,10 @@
 import json
 import math
 import os
-import time
 from argparse import Namespace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mla_lm.model.size import model_size
 from mla_lm.runs.folder import RunFolder
 from mla_lm.terminal import cli
 from scripts.bench import __main__ as program
-from scripts.bench import measure, peers, shakespeare
+from scripts.bench import loader, measure, peers, shakespeare
 from scripts.bench import train as bench_train
 from scripts.bench.loader import TimedLoader
 from scripts.bench.train import Contender, our_config
@@ -137,23 +138,28 @@ def test_resident_bytes():
 def test_loader(tmp_path, corpus):
     arguments = (f"--files={corpus}", f"--cache-dir={tmp_path}", "--vocab-size=300")
     written = figures(tmp_path, "loader", *WORK, *arguments)
-    loader, training = written["rows"]
-    assert written["tokens_per_second"] == loader["tokens/s"]
-    assert written["ratios"]["training"] == loader["over training"]
+    alone, training = written["rows"]
+    assert written["tokens_per_second"] == alone["tokens/s"]
+    assert written["ratios"]["training"] == alone["over training"]
     assert written["stall"] == training["stall"]
     assert 0 < written["stall"] < 1
     assert written["tokenized_megabytes_per_second"] > 0
 
 
 def test_waiting_for_a_loader_is_noted():
+    clock = count()  # which each look at it advances by a second
+
     def slow():
         for batch in range(3):
-            time.sleep(0.02)
+            for _ in range(batch):
+                next(clock)
             yield batch
 
-    timed = TimedLoader(slow())
-    assert list(timed) == [0, 1, 2]
-    assert all(wait >= 0.02 for wait in timed.waits[:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+        timed = TimedLoader(slow())
+        assert list(timed) == [0, 1, 2]
+    assert timed.waits == [1, 2, 3, 1]
 
 
 # shakespeare
@@ -170,9 +176,8 @@ def test_our_validation_split_is_nanogpts_and_the_end_of_text(tmp_path, corpus):
     assert store.tokens("validation")[:].tolist() == [*theirs, store.end_of_text_id]
 
 
-def test_losses_so_far(train, tmp_path):
-    succeeded(train(f"hydra.run.dir={tmp_path / 'run'}"))
-    run = RunFolder(tmp_path / "run")
+def test_losses_so_far(run, tmp_path):
+    run = RunFolder(run)
     expected = [row["val/loss"] for row in rows_of(run.path) if "val/loss" in row]
     assert len(expected) == 2
     assert shakespeare.losses_of(run) == expected
@@ -183,13 +188,20 @@ def test_losses_so_far(train, tmp_path):
 
 
 def test_watch(tmp_path):
+    """The program ends when it has been looked at for the third time."""
     looked = []
-    (tmp_path / "here").touch()
-    program = "import os, time; assert os.environ['WORD'] == 'a b' and os.path.exists('here'); time.sleep(0.5)"
-    seconds = shakespeare.watch(["-c", program], tmp_path, {"WORD": "a b"}, looked.append)
-    assert seconds >= 0.5
-    assert len(looked) > 2
+
+    def look(seconds: float) -> None:
+        looked.append(seconds)
+        if len(looked) == 3:
+            (tmp_path / "pipe").write_text("enough")
+
+    os.mkfifo(tmp_path / "pipe")
+    program = "import os; assert os.environ['WORD'] == 'a b'; open('pipe').read()"
+    seconds = shakespeare.watch(["-c", program], tmp_path, {"WORD": "a b"}, look)
+    assert len(looked) >= 3
     assert looked == sorted(looked)
+    assert seconds >= looked[2]
     with pytest.raises(UserError, match="status 3: no luck"):
         shakespeare.watch(["-c", "print('no luck'); raise SystemExit(3)"], tmp_path)
 

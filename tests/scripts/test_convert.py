@@ -8,19 +8,16 @@ import torch
 from mla_lm import load_run
 from mla_lm.terminal import cli
 from scripts import convert, evaluate, generate
-from tests.conftest import Result, TrainCommand, call_main, refused, succeeded, summary_of
+from tests.conftest import KINDS, SHORT, SIZES, Result, TrainCommand, call_main, refused, succeeded, summary_of
 
-MHA = ("model=mha_tiny", "model.num_layers=2", "model.d_model=64", "model.seq_len=32", "model.ff_hidden=96")
-REST = ("trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.max_steps=20", "tokens_per_step=256",
-        "optimizer.lr=3e-3", "samples.max_tokens=0", "logger=none", "compile=false")  # fmt: skip
+REST = (*SHORT, "trainer.max_steps=20", "val_every_n_steps=20", "optimizer.lr=3e-3", "samples.max_tokens=0")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, corpus) -> TrainCommand:
-    """With an MHA run of 4 heads of 16, `mha`."""
-    data = ("data=text", f"data.files={corpus}", "data.val_tokens=512", f"data.cache_dir={corpus.parent / 'cache'}")
-    train = TrainCommand(tmp_path_factory.mktemp("convert"), (*data, "data.tokenizer.vocab_size=300"))
-    succeeded(train.bare(*MHA, *REST, *train.data, "hydra.run.dir=mha"))
+def trained(tmp_path_factory, on_corpus) -> TrainCommand:
+    """With an MHA run of 4 heads of 16, `mha`, that has learnt something to lose."""
+    train = TrainCommand(tmp_path_factory.mktemp("convert"), on_corpus)
+    succeeded(train.bare(*KINDS["mha"], *SIZES, *REST, *train.data, "hydra.run.dir=mha"))
     return train
 
 

@@ -1,6 +1,7 @@
 """scripts.evaluate on a real run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,16 @@ from mla_lm import load_run
 from mla_lm.data.tokenizer import encode
 from mla_lm.terminal import cli
 from scripts import evaluate
-from tests.conftest import Result, TrainCommand, call_main, refused, succeeded, summary_of
+from tests.conftest import Result, call_main, refused, succeeded, summary_of
 
 SEQ_LEN = 32  # of the run
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, corpus) -> Path:
+def folder(runs, tmp_path_factory) -> Path:
     """With a run, `run`."""
     folder = tmp_path_factory.mktemp("evaluate")
-    data = ("data=text", f"data.files={corpus}", "data.val_tokens=512", f"data.cache_dir={corpus.parent / 'cache'}")
-    succeeded(TrainCommand(folder, data)("data.tokenizer.vocab_size=300", "hydra.run.dir=run"))
+    shutil.copytree(runs / "mla", folder / "run")
     return folder
 
 

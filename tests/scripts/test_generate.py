@@ -18,20 +18,18 @@ from mla_lm.runs.report import human_bytes
 from mla_lm.terminal import cli
 from mla_lm.terminal.side_by_side import column_width
 from scripts import generate
-from tests.conftest import ROOT, Result, TrainCommand, call_main, refused, succeeded, summary_of
+from tests.conftest import KINDS, ROOT, SHORT, SIZES, Result, TrainCommand, call_main, refused, succeeded, summary_of
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, corpus) -> Path:
+def folder(tmp_path_factory, on_corpus) -> Path:
     """Where the run `mla` is, trained until it repeats more than spaces, and `mha`, which differs in all it can."""
     folder = tmp_path_factory.mktemp("runs")
-    data = ("data=text", f"data.files={corpus}", "data.val_tokens=512", f"data.cache_dir={corpus.parent / 'cache'}")
     steps = ("trainer.max_steps=40", "val_every_n_steps=40", "checkpoint.every_n_steps=40", "optimizer.lr=0.01")
-    train = TrainCommand(folder, data)
-    succeeded(train("data.tokenizer.vocab_size=300", *steps, "hydra.run.dir=mla"))
-    plain = [f"model.attention.{name}=null" for name in ("kv_compressed_dim", "rope_dim", "nope_dim", "value_dim")]
-    other = ("data.tokenizer.kind=bytes", "model.seq_len=16", "trainer.precision=bf16-mixed", *plain)
-    succeeded(train(*other, *steps, "hydra.run.dir=mha"))
+    train = TrainCommand(folder, on_corpus)
+    succeeded(train(*steps, "hydra.run.dir=mla"))
+    mha = (*KINDS["mha"], *SIZES, *SHORT, *on_corpus, *steps, "hydra.run.dir=mha")
+    succeeded(train.bare(*mha, "data.tokenizer.kind=bytes", "model.seq_len=16", "trainer.precision=bf16-mixed"))
     return folder
 
 

@@ -11,13 +11,14 @@ from random import Random
 import pytest
 import torch
 
+from mla_lm.interop.hf.folder import export_run
 from scripts.soak import __main__ as soak
 from scripts.soak.attacks import CANARY, MODELS, PAYLOADS, RUNS
 from scripts.soak.mutations import mutate
 from scripts.soak.programs import FORK, Broken
 from scripts.soak.runs import check_same
 from scripts.soak.trials import Row, failures, held, run_trials
-from tests.conftest import ROOT, call_main, refused, succeeded
+from tests.conftest import ROOT, call_main, refused
 
 
 def test_quick(tmp_path):
@@ -73,15 +74,14 @@ def test_no_trial_begins_when_the_time_is_over(tmp_path):
     assert "not begun" in outcome.failure
 
 
-def test_only_equal_runs_are_the_same(train, tmp_path):
+def test_only_equal_runs_are_the_same(run, tmp_path):
     """One bit of one weight, one figure of one row."""
-    succeeded(train("hydra.run.dir=run"))
-    check_same(tmp_path / "run", tmp_path / "run")
+    check_same(run, run)
     for spoil in (lower_a_weight, change_a_loss):
-        other = shutil.copytree(tmp_path / "run", tmp_path / spoil.__name__)
+        other = shutil.copytree(run, tmp_path / spoil.__name__)
         spoil(other)
         with pytest.raises(Broken, match="uninterrupted"):
-            check_same(other, tmp_path / "run")
+            check_same(other, run)
 
 
 def lower_a_weight(run: Path) -> None:
@@ -106,11 +106,9 @@ def test_payloads_would_run(tmp_path, name):
     assert (tmp_path / CANARY).exists()
 
 
-def test_attacks_change_what_they_attack(train, tmp_path):
+def test_attacks_change_what_they_attack(run, tmp_path):
     """A run, or a model folder, so that none is harmless by a slip."""
-    succeeded(train("hydra.run.dir=run"))
-    export = [sys.executable, "-m", "scripts.export", str(tmp_path / "run"), str(tmp_path / "model")]
-    subprocess.run(export, cwd=ROOT, check=True, capture_output=True)
+    export_run(run, tmp_path / "model")
     for number, (name, attack) in enumerate((RUNS | MODELS).items()):
         folder = tmp_path / str(number)
         for part in ("run", "model"):
