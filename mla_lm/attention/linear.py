@@ -1,14 +1,14 @@
-"""The matrix product of every projection."""
+"""The linear layer of every projection."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, whose product with a single vector becomes a sum in a compiled step on a CPU.
+    """`nn.Linear`, but a compiled step on a CPU computes the product with a single vector as a sum.
 
-    Such a product only reads its matrix. A library's takes twice as long for that as memory does; the loop
-    that the compiler makes of a sum keeps up with memory, and takes in what comes before and after the product.
+    The time of such a product is that of reading its matrix. A library's kernel takes twice as long as memory needs;
+    the loop that the compiler makes of the sum keeps up with memory, and is fused with the operations around it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
