@@ -93,7 +93,7 @@ class MHA(nn.Module):
         Args:
             x: (B, T, d_model)
             cache: a cache from `new_cache`
-            documents: attend only within each of these; ignored with a cache
+            documents: attend only within each of these; not together with a cache
 
         Returns:
             (B, T, d_model)

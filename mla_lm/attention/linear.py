@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class Linear(nn.Linear):
     """`nn.Linear`, but a compiled step on a CPU computes the product with a single vector as a sum.
 
-    The time of such a product is that of reading its matrix. A library's kernel takes twice as long as memory needs;
-    the loop that the compiler makes of the sum keeps up with memory, and is fused with the operations around it.
+    Such a product need take no longer than reading its matrix from memory. A library's kernel takes twice as long. The
+    loop that the compiler makes of the sum runs at the speed of memory, and is fused with the operations around it.
     """
 
     def forward(self, x: Tensor) -> Tensor:

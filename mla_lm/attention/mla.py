@@ -134,7 +134,7 @@ class MLA(nn.Module):
         Args:
             x: (B, T, d_model)
             cache: a cache from `new_cache`
-            documents: attend only within each of these; ignored with a cache
+            documents: attend only within each of these; not together with a cache
 
         Returns:
             (B, T, d_model)
