@@ -1,4 +1,4 @@
-"""Attention and its caches: one file for each kind, what they share, and the registry of kinds."""
+"""Attention and KV caches: one file per kind, the parts they share, and the registry of kinds."""
 
 from mla_lm.attention.gqa import MHA, MHAConfig
 from mla_lm.attention.kinds import KINDS, AttentionConfig

@@ -1,8 +1,8 @@
-// Attention of one new token to a cache: softmax(q k^T) v, where every query row sees every key.
+// Attention of one new token over a cache: softmax(q k^T) v, where every query row sees every key.
 //
-// Each key is read once for all the query heads that share it, which is what MLA's absorbed decoding needs: a single
-// key for all heads. Keys are cut into chunks for the threads to take, and what the chunks give is put together by the
-// largest score and the sum of each (flash decoding). decode.py has the other side of `attend`.
+// Each key is read once for all the query heads that share it. MLA's absorbed decoding needs this, as all its heads
+// share a single key. The keys are split into chunks among the threads. The chunks' results are merged by the largest
+// score and the sum of each (flash decoding). cpu_kernel.py calls `attend`.
 
 #include <cmath>
 #include <cstdint>
@@ -12,13 +12,13 @@
 
 #ifdef __AVX512F__
 #include <immintrin.h>
-constexpr int LANES = 16, MOST_ROWS = 6, KEYS = 4;  // rows x keys sums live in registers: 24 of 32
+constexpr int LANES = 16, MOST_ROWS = 6, KEYS = 4;  // MOST_ROWS x KEYS sums stay in registers: 24 of 32
 #else
 constexpr int LANES = 8, MOST_ROWS = 4, KEYS = 2;  // 8 of 16
 #endif
-constexpr int BLOCK = 32;   // keys whose scores are held at once: their bytes stay in the first cache
+constexpr int BLOCK = 32;   // keys that are scored at once: their bytes stay in the L1 cache
 static_assert(BLOCK % LANES == 0 && BLOCK % 2 == 0);
-constexpr int CHUNK = 256;  // keys that one thread takes; not a matter of threads, so that results are not either
+constexpr int CHUNK = 256;  // keys in a chunk; as it does not depend on the number of threads, neither do results
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -42,7 +42,7 @@ typedef float Half __attribute__((vector_size(2 * LANES)));
 typedef float Quarter __attribute__((vector_size(LANES)));
 
 template <typename Op>
-static inline float fold(Floats x, Op op) {  // all lanes into one
+static inline float fold(Floats x, Op op) {  // reduces all lanes to one value
     Half a[2];
     memcpy(a, &x, sizeof x);
     a[0] = op(a[0], a[1]);
@@ -57,11 +57,11 @@ static inline float fold(Floats x, Op op) {  // all lanes into one
 constexpr auto ADD = [](auto a, auto b) { return a + b; };
 constexpr auto LARGER = [](auto a, auto b) { return a > b ? a : b; };
 
-// The sum of each of COUNT registers, next to each other.
+// Stores the sum of each of COUNT registers, side by side.
 template <int COUNT>
 static inline void store_sums(float* to, const Floats* x) {
 #ifdef __AVX512F__
-    if constexpr (COUNT == 4) {  // at once: each shuffle serves two of them
+    if constexpr (COUNT == 4) {  // all at once: each shuffle serves two of them
         auto together = [](__m512 a, __m512 b) { return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b); };
         const __m512d ab = _mm512_castps_pd(together((__m512)x[0], (__m512)x[1]));
         const __m512d cd = _mm512_castps_pd(together((__m512)x[2], (__m512)x[3]));
@@ -74,7 +74,7 @@ static inline void store_sums(float* to, const Floats* x) {
     for (int i = 0; i < COUNT; i++) to[i] = fold(x[i], ADD);
 }
 
-static inline Floats exp(Floats x) {  // of x <= 0, by the polynomial of Cephes' expf
+static inline Floats exp(Floats x) {  // for x <= 0, by the polynomial of Cephes' expf
     x = x < -87.0f ? Floats{} - 87.0f : x;
     Ints power = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);
     Floats whole = __builtin_convertvector(power, Floats);
@@ -85,7 +85,7 @@ static inline Floats exp(Floats x) {  // of x <= 0, by the polynomial of Cephes'
     return (y * rest * rest + rest + 1.0f) * (Floats)((power + 127) << 23);
 }
 
-// What a chunk of keys gives for some query rows.
+// The partial result of a chunk of keys for some query rows.
 struct Part {
     float* out;    // (rows, value_dim): sum of exp(score - most) v
     float* most;   // (rows): the largest score
@@ -98,7 +98,7 @@ static inline void score(const T* q, const T* k, long stride, int dim, float (*s
     for (int d = 0; d < dim; d += LANES)
         for (int j = 0; j < COUNT; j++) {
             Floats key = load(k + j * stride + d);
-            __builtin_prefetch(k + (j + BLOCK) * stride + d, 0, 2);  // of the next block, to the second cache
+            __builtin_prefetch(k + (j + BLOCK) * stride + d, 0, 2);  // the next block, into the L2 cache
             for (int r = 0; r < ROWS; r++) sums[r][j] += load(q + r * dim + d) * key;
         }
     for (int r = 0; r < ROWS; r++) store_sums<COUNT>(scores[r] + at, sums[r]);
@@ -128,11 +128,12 @@ static inline void add_all_values(const float (*weights)[BLOCK], const T* v, lon
 }
 
 #ifdef __AVX512BF16__
-// With instructions that multiply two bf16 of a lane and add both products to it. The weights are rounded for them.
+// The same with instructions that multiply two pairs of bf16 per lane and add both products to a float. They need the
+// softmax weights rounded to bf16.
 constexpr int PAIRS = 2 * LANES;
 
 template <bool WHOLE>
-static inline __m512bh load_pairs(const uint16_t* from) {  // not whole: LANES of them, then zeros
+static inline __m512bh load_pairs(const uint16_t* from) {  // if not whole: LANES values, then zeros
     if constexpr (WHOLE) return (__m512bh)_mm512_loadu_si512(from);
     return (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)from));
 }
@@ -163,11 +164,11 @@ static inline void score(const uint16_t* q, const uint16_t* k, long stride, int 
     for (int r = 0; r < ROWS; r++) store_sums<COUNT>(scores[r] + at, sums[r]);
 }
 
-// The values of two keys at a time, each column's pair made to lie in one lane.
+// Takes the values of two keys at a time, interleaved so that each column's pair lies in one lane.
 template <bool WHOLE, int ROWS, int COUNT>
 static inline void add_values(const uint16_t (*weights)[BLOCK], const uint16_t* v, long stride, int keys, float* out,
                               int dim) {
-    constexpr int WIDTH = WHOLE ? 2 * COUNT : 1;  // in LANES
+    constexpr int WIDTH = WHOLE ? 2 * COUNT : 1;  // in units of LANES
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(LANES));
@@ -175,7 +176,7 @@ static inline void add_values(const uint16_t (*weights)[BLOCK], const uint16_t* 
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < WIDTH; c++) sums[r][c] = load(out + r * dim + c * LANES);
     for (int j = 0; j < keys; j += 2) {
-        const uint16_t *at = v + j * stride, *next = j + 1 < keys ? at + stride : at;  // past the last: weight e^-87
+        const uint16_t *at = v + j * stride, *next = j + 1 < keys ? at + stride : at;  // past the end: weight e^-87
         __m512bh values[2 * COUNT];
         for (int c = 0; c < COUNT; c++) {
             const __m512i a = (__m512i)load_pairs<WHOLE>(at + c * PAIRS), b = (__m512i)load_pairs<WHOLE>(next + c * PAIRS);
@@ -196,7 +197,7 @@ static inline void add_values(const uint16_t (*weights)[BLOCK], const uint16_t* 
 template <int ROWS>
 static inline void add_all_values(const float (*weights)[BLOCK], const uint16_t* v, long stride, int keys, float* out,
                                   int dim) {
-    constexpr int COUNT = ROWS > 3 ? 1 : 2;  // sums that depend on no other, and fit into the registers
+    constexpr int COUNT = ROWS > 3 ? 1 : 2;  // independent sums, as many as fit into the registers
     uint16_t rounded[ROWS][BLOCK];
     for (int r = 0; r < ROWS; r++) round_to_bf16(weights[r], rounded[r], BLOCK);
     int d = 0;
@@ -259,7 +260,7 @@ template <typename T>
 static void attend_chunk(const T* q, const T* k, const T* v, const Sizes& n, long keys, Part part) {
     for (long r = 0; r < n.rows; r++) part.most[r] = -INFINITY, part.total[r] = 0;
     memset(part.out, 0, n.rows * n.value_dim * sizeof(float));
-    const long tiles = (n.rows + MOST_ROWS - 1) / MOST_ROWS, tile = (n.rows + tiles - 1) / tiles;  // as equal as can be
+    const long tiles = (n.rows + MOST_ROWS - 1) / MOST_ROWS, tile = (n.rows + tiles - 1) / tiles;  // nearly equal
     for (long begin = 0; begin < keys; begin += BLOCK) {
         const int count = keys - begin < BLOCK ? keys - begin : BLOCK;
         for (long r = 0; r < n.rows; r += tile) {

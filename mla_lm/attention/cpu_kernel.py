@@ -1,6 +1,7 @@
-"""Attention of one new token to a cache, by a C++ kernel of our own (cpu_kernel.cpp), for compiled steps on a CPU.
+"""Attention of one new token over a cache by our own C++ kernel (cpu_kernel.cpp), for compiled steps on a CPU.
 
-PyTorch's fused kernel has no use for a key that many query heads share, as in absorbed MLA.
+PyTorch's fused kernel gains nothing when many query heads share a key, as in absorbed MLA. This kernel reads such a key
+once for all of them.
 """
 
 import ctypes
@@ -19,27 +20,31 @@ from torch import Tensor
 from mla_lm.errors import UserError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-LANES = 16  # what head sizes must be a multiple of
-DTYPES = (torch.float32, torch.bfloat16)  # of q, k and v
-Sizes = ctypes.c_long * 12  # batch, heads, rows, keys, dim, value_dim; strides of k, then of v, but for the last
+LANES = 16  # head sizes must be a multiple of this
+DTYPES = (torch.float32, torch.bfloat16)  # that q, k and v may have
+Sizes = ctypes.c_long * 12  # batch, heads, rows, keys, dim, value_dim; strides of k, then of v, without the last
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether this is for the kernel: a compiled step, whose compiler can make the kernel too, with one query."""
+    """Whether the kernel can serve this call: one query on a CPU, in a compiled step without gradients.
+
+    The kernel is built by the C++ compiler that torch.compile uses, so a compiled step can rely on having one.
+    """
     inference = torch.compiler.is_compiling() and not torch.is_grad_enabled() and q.size(2) == 1
     known = k.device.type == "cpu" and q.dtype == k.dtype in DTYPES
     return inference and known and k.size(3) % LANES == v.size(3) % LANES == 0
 
 
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v, each query seeing every key.
+    """softmax(q k^T) v, where each query sees every key.
 
-    Sums are of fp32; in bf16 on a CPU with products of bf16 the weights are rounded to it, as PyTorch's kernel does.
+    Sums are accumulated in fp32. With bf16 inputs on a CPU that has bf16 product instructions, the softmax weights are
+    rounded to bf16, as in PyTorch's kernel.
 
     Args:
-        q: (B, H_kv, rows, D) fp32 or bf16, scaled
-        k: (B, H_kv, S, D) of the same dtype
-        v: (B, H_kv, S, D_v) likewise
+        q: (B, H_kv, rows, D), fp32 or bf16, already scaled; the query heads that share a key head are its rows
+        k: (B, H_kv, S, D), of the same dtype
+        v: (B, H_kv, S, D_v), of the same dtype
 
     Returns:
         (B, H_kv, rows, D_v) fp32
@@ -59,7 +64,7 @@ def _empty(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:3], v.size(3), dtype=torch.float32)
 
 
-# Not by `torch.library.custom_op`, which adds 10 microseconds to a call that takes 50.
+# `torch.library.custom_op` would add 10 microseconds to a call that takes 50.
 OPERATORS = torch.library.Library("mla_lm", "DEF")
 OPERATORS.define("attend_to_all(Tensor q, Tensor k, Tensor v) -> Tensor")
 OPERATORS.impl("attend_to_all", _attend_to_all, "CPU")
@@ -68,7 +73,7 @@ torch.library.register_fake("mla_lm::attend_to_all", _empty, lib=OPERATORS)
 
 @functools.cache
 def _functions() -> dict[torch.dtype, Callable]:
-    """The kernel for either dtype of keys and values."""
+    """The kernel function for each dtype of keys and values."""
     library = _library()
     functions = {torch.float32: library.attend_fp32, torch.bfloat16: library.attend_bf16}
     pointer = ctypes.c_void_p
@@ -78,28 +83,28 @@ def _functions() -> dict[torch.dtype, Callable]:
 
 
 def _library() -> ctypes.CDLL:
-    """The kernel, compiled for this very CPU the first time and kept beside what else torch keeps.
+    """Load the kernel's library, which is compiled for this CPU on first use and kept in `code_folder`.
 
     Raises:
-        UserError: it cannot be compiled or kept, or others could have put theirs in its place.
+        UserError: the kernel cannot be compiled or stored, or another user could have replaced it.
     """
-    # which not every system has all modules for
+    # Imported here because not every system has all the modules that these need.
     from mla_lm.compiled_code import code_folder
     from mla_lm.files import check_private
     from mla_lm.hardware import cpp_compiler
 
     arm = platform.machine() in ("arm64", "aarch64")
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler lacks OpenMP: one thread
     flags = ["-O3", "-std=c++17", "-shared", "-fPIC", "-mcpu=native" if arm else "-march=native", *openmp]
     key = hashlib.sha256(repr((cpp_compiler(), flags, _cpu_features())).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     path = code_folder() / f"{key}.so"
     try:
         if not path.exists():
-            with TemporaryDirectory(dir=path.parent) as temporary:  # of a name that nobody can guess
+            with TemporaryDirectory(dir=path.parent) as temporary:  # its name cannot be guessed
                 built = Path(temporary) / path.name
                 command = [cpp_compiler(), *flags, str(SOURCE), "-o", str(built)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
-                built.chmod(0o700)  # whatever the umask
+                built.chmod(0o700)  # whatever the umask is
                 built.replace(path)
         check_private(path)
         return ctypes.CDLL(str(path))
@@ -115,7 +120,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _cpu_features() -> str:
-    """The instructions that this CPU has, as Linux names them: a folder may be shared by machines of several kinds."""
+    """The CPU's instruction-set flags as Linux lists them, since different machines may share the code folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")

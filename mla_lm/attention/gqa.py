@@ -17,24 +17,26 @@ from mla_lm.errors import UserError
 
 @dataclass
 class GQAOptions:
-    """The key of `model.attention` that MHA, GQA and MQA alone read."""
+    """The key of `model.attention` that only MHA, GQA and MQA read."""
 
     num_kv_heads: int | None = None
 
 
 @dataclass
 class MHAConfig:
-    """Sizes of one layer. `num_kv_heads`: num_heads (None) is MHA, 1 is MQA, a divisor between is GQA.
+    """Sizes of one MHA, GQA or MQA layer.
+
+    `num_kv_heads` decides which: num_heads (the default, None) is MHA, 1 is MQA, and a divisor in between is GQA.
 
     Raises:
-        UserError (a ValueError): sizes that cannot be.
+        UserError (a ValueError): the sizes are invalid or do not fit together.
     """
 
     d_model: int
     num_heads: int
     seq_len: int  # longest sequence, in tokens
     num_kv_heads: int | None = None
-    dropout: float = 0.0  # of the layer's output; the weights of attention are never dropped
+    dropout: float = 0.0  # of the layer's output; attention weights are never dropped
     use_bias: bool = False
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
@@ -57,7 +59,7 @@ class MHAConfig:
 
     @property
     def cached_elements(self) -> int:
-        """Keys and values of a token."""
+        """Elements cached per token: its keys and values."""
         return 2 * self.num_kv_heads * self.head_dim
 
     @property
@@ -86,18 +88,18 @@ class MHA(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        """Attend causally over x, or over the cache and x, which is appended to it.
+        """Attend causally over x; with a cache, append x to it and attend over all that it holds.
 
         Args:
             x: (B, T, d_model)
-            cache: what `new_cache` made
-            documents: without a cache, attend within each of these only
+            cache: a cache from `new_cache`
+            documents: attend only within each of these; not together with a cache
 
         Returns:
             (B, T, d_model)
 
         Raises:
-            ValueError: more tokens than `seq_len`, or than the cache has room for.
+            ValueError: there are more tokens than `seq_len`, or than the cache has room for.
         """
         B, T, _ = x.shape
         cos, sin = self.rope(0 if cache is None else cache.length, T)
@@ -118,9 +120,10 @@ class MHA(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> LayerCache:
-        """An empty cache for `max_len` tokens, or one that grows up to seq_len; see `LayerCache`.
+        """An empty cache with room for `max_len` tokens; if None, one that grows up to seq_len. See `LayerCache`.
 
-        dtype and device are the weights' unless given; in int8 a token's key and value have a scale each in every head.
+        dtype and device default to those of the weights. With int8, each head has a scale for a token's key and another
+        for its value.
         """
         weight, limit = self.k_proj.weight, max_len or self.config.seq_len
         shape = (self.config.num_kv_heads, (self.head_dim,))
@@ -129,12 +132,12 @@ class MHA(nn.Module):
 
 
 def kind_of_heads(num_kv_heads: int | None, num_heads: int) -> str:
-    """mha, gqa or mqa."""
+    """The kind of attention that has this many key heads: mha, gqa or mqa."""
     return {1: "mqa", num_heads: "mha", None: "mha"}.get(num_kv_heads, "gqa")
 
 
 def _checked(kind: str, wanted: str) -> Callable[..., MHAConfig]:
-    """`MHAConfig`, of as many key heads as the kind has."""
+    """Make a function that builds an `MHAConfig` and refuses a number of key heads that is not of this kind."""
 
     def layer_config(num_kv_heads: int | None, num_heads: int, **sizes: Any) -> MHAConfig:
         if num_kv_heads is None and kind == "mqa":

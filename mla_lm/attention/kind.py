@@ -1,4 +1,4 @@
-"""What the rest of the repository asks of a kind of attention, and what every kind has."""
+"""The interface of a kind of attention: what its file declares, and the options that all kinds share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ class LayerConfig(Protocol):
 
     @property
     def macs_per_key(self) -> int:
-        """Multiply-adds of one query and one key in all heads, without the projections: score and weighted value."""
+        """Multiply-adds for one query and one key over all heads: score and weighted value, without projections."""
         ...
 
     @property
@@ -43,14 +43,15 @@ class LayerConfig(Protocol):
 
 @dataclass(frozen=True)
 class TransformersForm:
-    """How a model class of `transformers` holds this attention.
+    """How a model class of `transformers` stores this attention.
 
     Attributes:
-        architecture: the class, as config.json names it
-        projections: our modules of the layer, and theirs within `self_attn`
-        entries: entries of config.json, and the fields of the layer's configuration that have their values
-        rotated: modules whose output has rotated rows, each head's last, which lie in pairs (2i, 2i + 1) there and as
-            (i, i + D/2) here: the number of heads, and of the rows before, as fields of the configuration; None is 1
+        architecture: name of the class in config.json
+        projections: maps our names of the layer's modules to theirs within `self_attn`
+        entries: maps entries of config.json to the fields of the layer's configuration that give their values
+        rotated: modules whose output RoPE rotates in the last rows of each head. Those rows are paired as (2i, 2i + 1)
+            there and as (i, i + D/2) here. Each name maps to two fields of the layer's configuration: the number of
+            heads (None: one), and the number of rows in a head before the rotated ones.
     """
 
     architecture: str
@@ -61,15 +62,16 @@ class TransformersForm:
 
 @dataclass(frozen=True)
 class AttentionKind:
-    """A kind of attention; each is described in its own file and named in `mla_lm.attention.kinds`.
+    """A kind of attention. Each is defined in its own file and registered in `mla_lm.attention.kinds`.
 
     Attributes:
-        title: in words
-        options: dataclass of the keys of `model.attention` that are this kind's own
+        title: the name in full
+        options: dataclass of the keys of `model.attention` that only this kind reads
         layer_config: makes and checks a `LayerConfig`. It takes d_model, num_heads, seq_len, dropout, use_bias,
-            rope_base and yarn by keyword, and every field of `options`; raises UserError for sizes that cannot be.
-        layer: the module, made from that, with `out_proj`, `forward(x, cache, documents)` and `new_cache` as `MLA` has
-        transformers: how `scripts.export` writes it; None: no model class of transformers can hold it
+            rope_base and yarn by keyword, and every field of `options`; raises UserError for invalid sizes.
+        layer: the module, made from a `LayerConfig`; like `MLA`, it has `out_proj`, `forward(x, cache, documents)` and
+            `new_cache`
+        transformers: how `scripts.export` writes the weights; None: no model class of transformers can hold them
     """
 
     title: str
@@ -80,7 +82,7 @@ class AttentionKind:
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Raises UserError where one of the named fields is set and below 1."""
+    """Raise UserError if one of the named fields is set and below 1."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:

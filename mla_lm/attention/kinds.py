@@ -1,4 +1,4 @@
-"""The kinds of attention. A new one takes a file beside this one, its line here, and presets in conf/model/."""
+"""The registry of attention kinds. A new kind needs a file in this folder, a line here, and presets in conf/model/."""
 
 from dataclasses import dataclass
 
@@ -15,4 +15,4 @@ KINDS: dict[str, AttentionKind] = {
 
 @dataclass
 class AttentionConfig(mla.MLAOptions, gqa.GQAOptions, SharedOptions):
-    """The keys of `model.attention`: `kind`, and the options of all kinds, of which one kind reads its own."""
+    """The keys of `model.attention`: the shared ones and the options of all kinds. Each kind reads only its own."""

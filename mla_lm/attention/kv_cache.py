@@ -1,29 +1,29 @@
-"""What decoding keeps of past tokens: a latent per token for MLA, keys and values per head for the others."""
+"""KV caches: one latent per token for MLA, the keys and values of each head for the other kinds."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # by their names in options
-LARGEST = 127  # of int8, either side of 0
-SMALLEST_SCALE = 1e-30  # of a part that is all zeros, which would be divided by 0
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # named as in options
+LARGEST = 127  # largest magnitude in int8; -128 is not used
+SMALLEST_SCALE = 1e-30  # so that a part of zeros is not divided by 0
 
 
 class LayerCache:
-    """The past of one attention layer: up to `max_len` tokens, of which the first `length` positions are filled.
+    """The cache of one attention layer. It holds up to `max_len` tokens; the first `length` positions are filled.
 
-    MLA keeps one tensor, (B, 1, room, kv_compressed_dim + rope_dim): the normalised latent beside the rotated shared
-    key. MHA, GQA and MQA keep two, keys and values, (B, num_kv_heads, room, head_dim) each. In int8 each of them has a
-    second one beside it, of scales: see `quantize`.
+    MLA keeps one tensor, (B, 1, room, kv_compressed_dim + rope_dim): the normalised latent and the rotated shared key.
+    MHA, GQA and MQA keep two, keys and values, (B, num_kv_heads, room, head_dim) each. In int8, each of these is
+    followed by a tensor of its scales; see `quantize`.
 
     Args:
         batch_size: B
-        max_len: tokens it may hold
-        shapes: of each tensor, its heads, and its dims as the parts that have a scale each in int8
+        max_len: largest number of tokens
+        shapes: for each tensor, its number of heads and the widths of its parts; in int8, each part has its own scale
         dtype: fp32, bf16, fp16 or int8
-        device: where it is
-        grows: begin without room and double it as tokens come, up to max_len; otherwise all of it is there at once
+        device: the tensors' device
+        grows: start empty and double the room as tokens come, up to max_len; otherwise allocate all of it at once
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class LayerCache:
         self.length = 0
 
     def append(self, *new: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Store (B, heads, T, dim) after what is there; return all filled positions in `dtype`, or that of `new`.
+        """Store T more tokens, (B, heads, T, dim) per tensor, and return all filled positions of each tensor.
 
-        They are views of the cache where that is its own dtype, in int8 what it stands for. A cache is for inference:
-        no gradient flows through it, and no graph grows with it.
+        The result is in `dtype`, by default that of `new`. It is a view of the cache if that is the cache's own dtype;
+        int8 is dequantised. A cache is for inference: no gradient flows through it, and no graph grows with it.
 
         Raises:
-            ValueError: there is no room for T more tokens; nothing has been stored then.
+            ValueError: there is no room for T more tokens; nothing is stored in that case.
         """
         end = self.length + new[0].size(2)
         if end > self.max_len:
@@ -82,7 +82,7 @@ class LayerCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors held, the room not yet filled included."""
+        """Bytes of the tensors, including room that is not filled yet."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
@@ -94,7 +94,7 @@ class ModelCache:
 
     @property
     def length(self) -> int:
-        """Tokens stored."""
+        """Number of tokens stored."""
         return self.layers[0].length
 
     @property
@@ -104,20 +104,25 @@ class ModelCache:
 
 
 def quantize(x: Tensor, parts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Each token's parts of these dims as int8, and the bf16 scales that multiply them: the largest value over 127.
+    """Quantise each part of each token to int8, with a bf16 scale that is its largest magnitude over 127.
 
-    Shapes: x (..., sum(parts)), result (..., sum(parts)) and (..., len(parts)).
+    Args:
+        x: (..., sum(parts))
+        parts: widths of the parts
+
+    Returns:
+        int8 values (..., sum(parts)), and the scales (..., len(parts)) that multiply them
     """
     pieces = x.float().split(tuple(parts), dim=-1)
     largest = torch.cat([piece.abs().amax(-1, keepdim=True) for piece in pieces], dim=-1)
     scales = (largest / LARGEST).clamp(min=SMALLEST_SCALE).bfloat16()
-    # by the scales as they are stored; one that was rounded down would take the largest value to 128
+    # Divide by the scales as stored. Where bf16 rounded a scale down, the largest value may reach 128, so clamp it.
     steps = [piece / scale for piece, scale in zip(pieces, scales.float().split(1, dim=-1), strict=True)]
     return torch.cat(steps, dim=-1).round().clamp(-LARGEST, LARGEST).to(torch.int8), scales
 
 
 def dequantize(values: Tensor, scales: Tensor, parts: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The inverse of `quantize`, but for what rounding took."""
+    """The inverse of `quantize`, up to rounding; shapes as there."""
     x = values.to(dtype)
     for piece, scale in zip(x.split(tuple(parts), dim=-1), scales.to(dtype).split(1, dim=-1), strict=True):
         piece.mul_(scale)

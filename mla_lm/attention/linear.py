@@ -1,14 +1,14 @@
-"""The matrix product of every projection."""
+"""The linear layer of every projection."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, whose product with a single vector becomes a sum in a compiled step on a CPU.
+    """`nn.Linear`, but a compiled step on a CPU computes the product with a single vector as a sum.
 
-    Such a product only reads its matrix. A library's takes twice as long for that as memory does; the loop
-    that the compiler makes of a sum keeps up with memory, and takes in what comes before and after the product.
+    Such a product need take no longer than reading its matrix from memory. A library's kernel takes twice as long. The
+    loop that the compiler makes of the sum runs at the speed of memory, and is fused with the operations around it.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mla_lm.errors import UserError
 
 @dataclass
 class MLAOptions:
-    """The keys of `model.attention` that MLA alone reads; see `MLAConfig`."""
+    """The keys of `model.attention` that only MLA reads; see `MLAConfig`."""
 
     kv_compressed_dim: int | None = None
     q_compressed_dim: int | None = None
@@ -30,29 +30,29 @@ class MLAOptions:
 
 @dataclass
 class MLAConfig:
-    """Sizes of one MLA layer; the paper's symbols in brackets.
+    """Sizes of one MLA layer, with the paper's symbols in brackets.
 
     `q_compressed_dim=None` projects queries straight from the input. `nope_dim` and `value_dim` default to
     `d_model // num_heads`. Where nope_dim + rope_dim == value_dim, fused attention needs no padding.
 
     Raises:
-        UserError (a ValueError): sizes that cannot be.
+        UserError (a ValueError): the sizes are invalid or do not fit together.
     """
 
     d_model: int  # [d]
     num_heads: int  # [n_h]
-    kv_compressed_dim: int  # [d_c]: the latent that is cached in place of keys and values
+    kv_compressed_dim: int  # [d_c]: width of the latent, which is cached instead of keys and values
     q_compressed_dim: int | None  # [d_c']
-    rope_dim: int  # [d_h^R]: the part of each head that carries position, its key shared by all heads
+    rope_dim: int  # [d_h^R]: the part of each head that RoPE rotates; all heads share its key
     seq_len: int  # longest sequence, in tokens
-    dropout: float = 0.0  # of the layer's output; the weights of attention are never dropped
+    dropout: float = 0.0  # of the layer's output; attention weights are never dropped
     use_bias: bool = False
     nope_dim: int | None = None  # [d_h]: the part of each query and key head without position
     value_dim: int | None = None  # [d_h]
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
-    latent_norm: bool = True  # False: of a model that was converted from MHA, which has no such norm
-    rope_frequencies: list[float] | None = None  # of such a model: rope_dim / 2 angles per position
+    latent_norm: bool = True  # norm of the KV latent; False for a model converted from MHA, which has none
+    rope_frequencies: list[float] | None = None  # of a converted model: (rope_dim / 2,) radians per position
 
     def __post_init__(self):
         for name in ("kv_compressed_dim", "rope_dim"):
@@ -78,7 +78,7 @@ class MLAConfig:
 
     @property
     def cached_elements(self) -> int:
-        """The latent and the shared rotated key of a token (section 2.1.4)."""
+        """Elements cached per token: its latent and the shared rotated key (section 2.1.4)."""
         return self.kv_compressed_dim + self.rope_dim
 
     @property
@@ -91,9 +91,9 @@ class MLAConfig:
 
 
 class LatentNorm(nn.RMSNorm):
-    """RMSNorm in the precision of its weight: a bf16 latent beside an fp32 weight (autocast) is off the fused kernel.
+    """RMSNorm in the dtype of its weight. The paper puts it after both compressions (section 3.1.2).
 
-    The paper puts it after both compressions (section 3.1.2).
+    Under autocast, the latent is bf16 and the weight fp32; PyTorch's fused kernel does not take such a mixture.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class MLA(nn.Module):
     """Causal self-attention whose cache is one latent per token.
 
     Keys and values are up-projections of the cached latent. Training and prefill compute them (the decompressed
-    path). A short query over a long cache instead moves the up-projections to the query and the output (the absorbed
+    path). For a few queries over a long cache, they are applied to the queries and the outputs instead (the absorbed
     path), so that attention runs on the latents themselves. Both give the same result.
     """
 
@@ -129,18 +129,18 @@ class MLA(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        """Attend causally over x, or over the cache and x, which is appended to it.
+        """Attend causally over x; with a cache, append x to it and attend over all that it holds.
 
         Args:
             x: (B, T, d_model)
-            cache: what `new_cache` made
-            documents: without a cache, attend within each of these only
+            cache: a cache from `new_cache`
+            documents: attend only within each of these; not together with a cache
 
         Returns:
             (B, T, d_model)
 
         Raises:
-            ValueError: more tokens than `seq_len`, or than the cache has room for.
+            ValueError: there are more tokens than `seq_len`, or than the cache has room for.
         """
         c = self.config
         B, T, _ = x.shape
@@ -159,7 +159,7 @@ class MLA(nn.Module):
             out = self._decompressed(q_nope, q_rope, latent, k_rope, documents)
         else:
             entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1)  # (B, T, kv_compressed_dim + rope_dim)
-            # The new latent is in fp32 under autocast, as its norm is; what is read is in what products are made of.
+            # Under autocast the new latent is fp32, as its norm is. The cache is read in the dtype of matrix products.
             (entries,) = cache.append(entry.unsqueeze(1), dtype=q.dtype)
             entries = entries.squeeze(1)  # (B, S, kv_compressed_dim + rope_dim)
             if self.absorbing_is_cheaper(T, cache.length):
@@ -199,23 +199,23 @@ class MLA(nn.Module):
         B, T = q_nope.shape[:2]
         up = self.kv_up.weight.to(q_nope.dtype).unflatten(0, (c.num_heads, c.nope_dim + c.value_dim))
         w_uk, w_uv = up.split((c.nope_dim, c.value_dim), dim=1)  # (H, nope_dim | value_dim, kv_compressed_dim)
-        # Plain products of one matrix for each head, as einsum would take twice the time to find out for one token.
+        # One plain matrix product per head: for one token, einsum takes twice as long to arrive at the same product.
         q = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), w_uk).unflatten(1, (B, T)).transpose(0, 1)
         q = torch.cat((q, q_rope.transpose(1, 2)), dim=-1)  # (B, H, T, kv_compressed_dim + rope_dim)
         key = entries.unsqueeze(1)  # (B, 1, S, kv_compressed_dim + rope_dim)
         latents = key[..., : c.kv_compressed_dim]  # the values
-        # PyTorch's kernel is fused for values as wide as the key: the rope part goes along and is dropped afterwards.
+        # PyTorch's fused kernel needs values as wide as the key, so the RoPE part goes along and is dropped afterwards.
         values = latents if cpu_kernel.takes(q, key, latents) else key
         out = causal_attention(q, key, values, self.scale)[..., : c.kv_compressed_dim]  # (B, H, T, kv_compressed_dim)
         out = torch.bmm(out.transpose(0, 1).flatten(1, 2), w_uv.mT)  # (H, B * T, value_dim)
         return out.transpose(0, 1).reshape(B, T, -1)
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
-        """Which path needs fewer multiply-adds for `queries` new tokens over `keys` cached ones, per head.
+        """Whether the absorbed path needs fewer multiply-adds for `queries` new tokens over `keys` cached ones.
 
-        Decompressing costs keys * d_c * d for the up-projection, d = nope_dim + value_dim, and
-        queries * keys * (d + rope_dim) for attention; absorbing queries * d_c * d for moving the up-projections to
-        the queries, and queries * keys * (2 d_c + rope_dim) for attention.
+        Per head, with d = nope_dim + value_dim, the decompressed path costs keys * d_c * d for the up-projections and
+        queries * keys * (d + rope_dim) for attention. The absorbed path costs queries * d_c * d to apply the
+        up-projections to queries and outputs, and queries * keys * (2 d_c + rope_dim) for attention.
         """
         r, d, rope = self.config.kv_compressed_dim, self.config.nope_dim + self.config.value_dim, self.config.rope_dim
         absorbed = queries * r * d + queries * keys * (2 * r + rope)
@@ -228,9 +228,9 @@ class MLA(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> LayerCache:
-        """An empty cache for `max_len` tokens, or one that grows up to seq_len; see `LayerCache`.
+        """An empty cache with room for `max_len` tokens; if None, one that grows up to seq_len. See `LayerCache`.
 
-        dtype and device are the weights' unless given; in int8 a token's latent has a scale, and its key another.
+        dtype and device default to those of the weights. With int8, a token's latent has one scale and its key another.
         """
         c, weight = self.config, self.kv_up.weight
         shape = (1, (c.kv_compressed_dim, c.rope_dim))
@@ -256,7 +256,7 @@ KIND = AttentionKind(
             "out_proj": "o_proj",
         },
         entries={
-            "num_key_value_heads": "num_heads",  # DeepseekV3 repeats the keys where it is any other number
+            "num_key_value_heads": "num_heads",  # with any other number, DeepseekV3 repeats the keys
             "kv_lora_rank": "kv_compressed_dim",
             "q_lora_rank": "q_compressed_dim",
             "qk_nope_head_dim": "nope_dim",

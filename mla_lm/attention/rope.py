@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864), also beyond the trained length (YaRN, arXiv 2309.00071)."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) and its extension to long context (YaRN, arXiv 2309.00071)."""
 
 import math
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from mla_lm.errors import UserError
 
 @dataclass
 class YarnConfig:
-    """YaRN as DeepSeek-V2 uses it (arXiv 2405.04434, section 3.1.4): fast pairs turn as they did, slow ones slower.
+    """YaRN as DeepSeek-V2 uses it (arXiv 2405.04434, section 3.1.4): it slows down the low frequencies only.
 
-    A pair that made more than `beta_fast` turns within the trained length is left as it is, one that made fewer than
-    `beta_slow` turns `factor` times slower, and between the two there is a ramp.
+    A pair that makes more than `beta_fast` turns within the trained length keeps its frequency. The frequency of a pair
+    that makes fewer than `beta_slow` turns is divided by `factor`. In between, a linear ramp blends the two.
     """
 
-    factor: float = 1.0  # seq_len over the length that was trained on; 1 is plain RoPE
-    original_seq_len: int | None = None  # the length that was trained on; None: seq_len / factor
+    factor: float = 1.0  # seq_len over the trained length; 1 is plain RoPE
+    original_seq_len: int | None = None  # the trained length, in tokens; None: seq_len / factor
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    mscale: float = 1.0  # attention is sharpened as it gets longer: scores times (0.1 mscale ln(factor) + 1)^2
-    mscale_all_dim: float = 1.0  # the part of it that also holds for what is not rotated; DeepSeek sets both alike
+    mscale: float = 1.0  # sharpens attention over longer context: scores times (0.1 mscale ln(factor) + 1)^2
+    mscale_all_dim: float = 1.0  # the same for the dimensions that are not rotated; DeepSeek sets both alike
 
     def check(self) -> None:
-        """Raises: UserError (a ValueError) for values that cannot be."""
+        """Raise UserError (a ValueError) for invalid values."""
         if not 1 <= self.factor < math.inf:
             raise UserError(f"yarn.factor={self.factor} must be a number from 1 on; 1 is without YaRN")
         if self.original_seq_len is not None and self.original_seq_len < 1:
@@ -37,20 +37,20 @@ class YarnConfig:
 
     @property
     def score_scale(self) -> float:
-        """Factor of all scores."""
+        """Factor on all attention scores."""
         return sharpening(self.factor, self.mscale_all_dim) ** 2
 
     @property
     def amplitude(self) -> float:
-        """Factor of the cosines and sines."""
+        """Factor on the cosines and sines."""
         return sharpening(self.factor, self.mscale) / sharpening(self.factor, self.mscale_all_dim)
 
     def trained_length(self, seq_len: int) -> float:
-        """The length that was trained on, where the context is now `seq_len`."""
+        """The trained length in tokens, where the model now has `seq_len`."""
         return self.original_seq_len or seq_len / self.factor
 
     def slow_down(self, frequency: Tensor, base: float, seq_len: int) -> Tensor:
-        """Angles per position, (D/2,), of plain RoPE to those of YaRN (arXiv 2309.00071, section 3.2)."""
+        """Turn plain RoPE's frequencies, (D/2,) radians per position, into YaRN's (arXiv 2309.00071, section 3.2)."""
         if self.factor == 1:
             return frequency
         dim = 2 * len(frequency)
@@ -67,12 +67,12 @@ class YarnConfig:
 
 
 def sharpening(factor: float, mscale: float = 1.0) -> float:
-    """What longer context multiplies queries and keys by (arXiv 2309.00071; `mscale` is DeepSeek's)."""
+    """YaRN's factor on queries and on keys for longer context (arXiv 2309.00071; `mscale` is DeepSeek's)."""
     return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + D/2) of the last dimension by its position's angle (RoFormer, eq. 34).
+    """Rotate each pair (i, i + D/2) of the last dimension by its position's angle (RoFormer, eq. 34).
 
     Args:
         x: (B, T, H, D)
@@ -87,7 +87,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of every position below `seq_len`, in fp32 whatever the model is cast to."""
+    """Cosines and sines of every position below `seq_len`, in fp32 whatever dtype the model is cast to."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class RotaryEmbedding(nn.Module):
 
     def _fill(self) -> None:
         device = self.cos.device
-        if device.type == "meta":  # only sizes are asked for, and that often
+        if device.type == "meta":  # sizes are counted on this device, and often
             return
         frequency = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu") / self.dim)
         if self.frequencies is not None:
@@ -116,7 +116,7 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = ((self.yarn.amplitude * t).float().to(device) for t in (angle.cos(), angle.sin()))
 
     def _apply(self, fn, recurse=True):
-        # .to(bfloat16) would round the angles, .to_empty() lose them: make them anew where the module now is.
+        # .to(bfloat16) would round the tables and .to_empty() would lose them: compute them again on the new device.
         super()._apply(fn, recurse)
         self._fill()
         return self

@@ -1,4 +1,4 @@
-"""Causal attention through PyTorch's fused kernels, whatever the head sizes, or in compiled decoding through ours."""
+"""Causal attention by PyTorch's fused kernels for any head sizes, or by our own in compiled decoding on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -8,21 +8,22 @@ from torch.nn.attention.bias import causal_lower_right
 
 from mla_lm.attention import cpu_kernel
 
-MOST_PLAIN_KEYS = 512  # in bf16 on a CPU: products and a softmax take less time than the fused kernel up to here
-LEAST_KEYS = 2048  # cutting fewer among two threads costs more than it gains
+MOST_PLAIN_KEYS = 512  # in bf16 on a CPU, products and a softmax are faster than the fused kernel up to this
+LEAST_KEYS = 2048  # splitting fewer keys between two threads costs more than it gains
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v, where the T queries are the last T of the S positions, each seeing those up to it.
+    """softmax(scale * q k^T) v, where the T queries are the last T of the S positions.
 
-    The fused kernels want q, k and v of one head size; on any other they give way to one that stores the T x S
-    scores of every head. So the narrower side is filled with zeros, which changes no score and no sum.
+    Each query sees the positions up to its own. PyTorch's fused kernels need one head size for q, k and v. For other
+    sizes it falls back to a kernel that stores the T x S scores of every head. So the narrower side is padded with
+    zeros, which changes no score and no sum.
 
     Args:
         q: (B, H, T, D)
         k: (B, H_kv, S, D), H_kv a divisor of H: consecutive query heads share a key head
         v: (B, H_kv, S, D_v)
-        scale: factor of the scores
+        scale: factor on the scores
 
     Returns:
         (B, H, T, D_v)
@@ -39,19 +40,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k = F.pad(q, (0, value_dim - dim)), F.pad(k, (0, value_dim - dim))
     if queries < keys and q.device.type == "cpu" and not (torch.is_grad_enabled() and q.requires_grad):
         return _attend_to_past(q, k, v, scale)[..., :value_dim]
-    if queries == 1:  # it sees every key
+    if queries == 1:  # it sees every key, so it needs no mask
         return _without_cudnn(_rows(q, k), k, v, scale).reshape(q.shape)[..., :value_dim]
-    if q.is_cuda and q.dtype == torch.float32:  # only FlashAttention shares key heads, and it has no fp32
+    if q.is_cuda and q.dtype == torch.float32:  # only FlashAttention supports shared key heads, and it has no fp32
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    # Neither is a tensor on CUDA. is_causal would align the first query, not the last, with the first key.
+    # On CUDA neither mask is stored as a tensor. For T < S, is_causal would align the first query with the first key;
+    # causal_lower_right aligns the last query with the last key.
     mask = {"attn_mask": causal_lower_right(queries, keys)} if queries < keys else {"is_causal": True}
     out = F.scaled_dot_product_attention(q, k, v, **mask, scale=scale, enable_gqa=k.size(1) < q.size(1))
     return out[..., :value_dim]
 
 
 def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Every query over every key, not by cuDNN's kernel, which would be planned anew for each length of a cache."""
-    if torch.compiler.is_compiling():  # which knows this context; by itself it takes 15 times as long as the flag
+    """Attention without a mask, by any kernel but cuDNN's, which makes a new plan for each length of the cache."""
+    if torch.compiler.is_compiling():  # it supports this context, which eagerly takes 15 times as long as the flag
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return F.scaled_dot_product_attention(q, k, v, scale=scale)
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -63,29 +65,29 @@ def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def stores_scores(device: str, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether `causal_attention` over so many tokens stores the scores of every head, as no fused kernel does."""
+    """Whether `causal_attention` over this many tokens stores the scores of every head; no fused kernel does."""
     return device == "cpu" and dtype == torch.bfloat16 and tokens <= MOST_PLAIN_KEYS
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The case T = S with the T x T scores stored, in bf16."""
+    """`causal_attention` for T = S in bf16, with the T x T scores stored."""
     B, H, T, _ = q.shape
     mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(H // k.size(1), 1)
     q, k, v = (t.flatten(0, 1) for t in (_rows(q, k), k, v))
-    weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # within, it sums in fp32
+    weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # which sums in fp32 internally
     return (weights @ v).view(B, H, T, -1)
 
 
 def _rows(q: Tensor, k: Tensor) -> Tensor:
-    """The query heads that share a key head as rows of one matrix: (B, H_kv, H / H_kv * T, D)."""
+    """Stack the query heads that share a key head as rows of one matrix: (B, H_kv, H / H_kv * T, D)."""
     return q.reshape(q.size(0), k.size(1), -1, q.size(3))
 
 
 def _attend_to_past(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The case T < S on a CPU, without a mask over the past, which would make the kernel several times slower.
+    """`causal_attention` for T < S on a CPU, without a mask over the past, which would slow the kernel several times.
 
-    All queries see all of the past; only among themselves is there an order. The two are attended to apart, and put
-    together by what the softmax of each was divided by. There is no gradient of that.
+    Every query sees the whole past; only among the new tokens is attention causal. The two parts are computed
+    separately and merged by their softmax denominators. This has no gradient.
     """
     queries, group = q.size(2), q.size(1) // k.size(1)
     if queries == 1:
@@ -98,16 +100,16 @@ def _attend_to_past(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _all_keys(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[tuple[Tensor, Tensor]]:
-    """Every query over every key, in pieces to `_merge`; q (B, H_kv, rows, D).
+    """Attention without a mask, as pieces for `_merge`; q is (B, H_kv, rows, D).
 
-    The kernel has a thread for each head of each sequence. Where threads would be left over, keys are cut among them.
+    The kernel uses one thread per head and sequence. If threads would be idle, the keys are split among them.
     """
     B, heads, keys, _ = k.shape
     cuts = _threads() // (B * heads)
     if cuts < 2 or keys < LEAST_KEYS or B > 1 < heads:
         return [_flash(q, k, v, scale=scale)]
     length = keys // cuts
-    q, k, v = (t if B > 1 else t.transpose(0, 1) for t in (q, k, v))  # heads are now in dimension 0, and 1 is free
+    q, k, v = (t if B > 1 else t.transpose(0, 1) for t in (q, k, v))  # heads to dimension 0, cuts to 1
     cut = [t[:, :, : cuts * length].unflatten(2, (cuts, length)).squeeze(1) for t in (k, v)]
     out, divisor = _flash(q.expand(-1, cuts, -1, -1), *cut, scale=scale)
     pieces = list(zip(out.split(1, dim=1), divisor.split(1, dim=1), strict=True))
@@ -116,20 +118,20 @@ def _all_keys(q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[tuple[Tenso
     return pieces if B > 1 else [(out.transpose(0, 1), divisor.transpose(0, 1)) for out, divisor in pieces]
 
 
-@torch.compiler.assume_constant_result  # a compiled step would be cut here
+@torch.compiler.assume_constant_result  # else this call would break the compiled graph
 def _threads() -> int:
     return torch.get_num_threads()
 
 
-# (B, H, T, D), and the logarithm of what the softmax was divided by, (B, H, T)
+# It returns the output, (B, H, T, D), and the logarithm of the softmax denominators, (B, H, T).
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def _merge(pieces: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention over all keys from attention over some of them each."""
+    """Combine the results over separate groups of keys into attention over all of them."""
     if len(pieces) == 1:
         return pieces[0][0]
     outs, divisors = zip(*pieces, strict=True)
     divisors = torch.stack(divisors)
-    shares = (divisors - divisors.logsumexp(0)).exp()  # of each piece, in fp32
+    shares = (divisors - divisors.logsumexp(0)).exp()  # the weight of each piece, in fp32
     return (torch.stack(outs) * shares.unsqueeze(-1)).sum(0).to(outs[0].dtype)

@@ -1,1 +1,1 @@
-"""What a trained model is used for: text, and figures of its quality."""
+"""Using a trained model: generating text, and measuring its quality."""

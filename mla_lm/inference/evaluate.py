@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of a model on windows of tokens."""
+"""Loss, perplexity and bits per byte of a model, measured on windows of tokens."""
 
 import itertools
 import math
@@ -18,53 +18,53 @@ from mla_lm.terminal.tables import table
 def sums_by_position(
     net: Transformer, batch: Tensor, token_bytes: Tensor, first: int = 0, cache_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """What a batch adds to an evaluation, by the target's position in the window.
+    """Sum nats, tokens and bytes over the windows of a batch, separately for each position in the window.
 
     Args:
-        batch: (B, T + 1) ids: inputs are all but the last, targets all but the first; -100 does not count
+        batch: (B, T + 1) ids; the inputs are all but the last, the targets all but the first; -100 does not count
         token_bytes: (vocab_size,) UTF-8 bytes that each token stands for, 0 for special tokens
-        first: position from which on targets are predicted; those before serve as context only
-        cache_dtype: where given, attention reads each window back from a cache of this dtype, as decoding does
+        first: first position whose target counts; the positions before it are context only
+        cache_dtype: if given, attention reads each window back from a cache of this dtype, as decoding does
 
     Returns:
-        (3, T - first), fp64 on the CPU: nats, predicted tokens, UTF-8 bytes of their text
+        (3, T - first), fp64 on the CPU: nats, predicted tokens, and UTF-8 bytes of their text
     """
     targets = batch[:, 1 + first :]
     cache = None if cache_dtype is None else net.new_cache(len(batch), batch.size(1) - 1, cache_dtype)
-    # never compiled, which for other shapes and without gradients would cost more than it gains
+    # never compiled: for new shapes and without gradients, it would cost more than it gains
     x = net.hidden_states(batch[:, :-1].clamp(min=0), cache)[:, first:]
     losses = linear_cross_entropy(x, net.head.weight, targets, reduction="none")
     text_bytes = torch.where(targets == IGNORE, 0, token_bytes[targets.clamp(min=0)])
-    sums = (losses.sum(0), (targets != IGNORE).sum(0), text_bytes.sum(0))  # over windows: fp32 holds these well
+    sums = (losses.sum(0), (targets != IGNORE).sum(0), text_bytes.sum(0))  # over windows: fp32 is precise enough
     return torch.stack([s.cpu().double() for s in sums])
 
 
 def totals_of(net: Transformer, batch: Tensor, token_bytes: Tensor) -> Tensor:
-    """`sums_by_position` over all positions, (3,)."""
+    """`sums_by_position` summed over positions, (3,)."""
     return sums_by_position(net, batch, token_bytes).sum(-1)
 
 
 def metrics_of(totals: Tensor) -> dict[str, float]:
-    """loss (nats per token), perplexity and bits_per_byte of the sum of `totals_of` over all batches."""
+    """Compute loss (nats per token), perplexity and bits_per_byte from `totals_of`, summed over all batches, (3,)."""
     nats, tokens, text_bytes = totals.tolist()
     loss = nats / tokens
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),  # a float ends at exp(709)
+        "perplexity": math.exp(min(loss, 700.0)),  # a float overflows beyond exp(709)
         "bits_per_byte": nats / math.log(2) / text_bytes,
     }
 
 
 class SlidingWindows(Dataset):
-    """Windows that start every `stride` tokens, up to the one that reaches the last token.
+    """Windows that start every `stride` tokens, up to the first that reaches the last token.
 
-    With the first predicting all of its targets and each other its last `stride`, every token but the first of all
-    is predicted once. The last window is filled with -100 beyond the end, as in `EvaluationWindows`, which these are
-    where `stride` is `seq_len`. Items are int64 (seq_len + 1,).
+    The first window predicts all of its targets and each later one its last `stride` targets, so every token but the
+    very first is predicted once. The last window is padded with -100. With `stride` equal to `seq_len`, the windows are
+    those of `EvaluationWindows`. Items are int64 (seq_len + 1,).
 
     Args:
         tokens: `Tokens` or an array of ids, (count,)
-        stride: 1 to seq_len
+        stride: tokens between the starts of windows, 1 to seq_len
     """
 
     def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, stride: int):
@@ -88,10 +88,10 @@ def sums_over(
     first: int = 0,
     cache_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`sums_by_position` over all windows, (3, T - first)."""
+    """`sums_by_position` summed over all windows, (3, T - first)."""
     sums = 0.0
     with torch.no_grad():
-        for batch in tqdm(DataLoader(windows, batch_size), desc="evaluating", disable=None):  # None: on no terminal
+        for batch in tqdm(DataLoader(windows, batch_size), desc="evaluating", disable=None):  # None: only on a terminal
             sums += sums_by_position(net, batch.to(token_bytes.device), token_bytes, first, cache_dtype)
     return sums
 
@@ -103,8 +103,8 @@ def evaluate(
     batch_size: int,
     cache_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`sums_over` all windows, (3, seq_len), each target counted once."""
-    context = windows.seq_len - windows.stride  # that every window but the first has before what it predicts
+    """Sums of `sums_by_position` over all windows, (3, seq_len), with each target counted once."""
+    context = windows.seq_len - windows.stride  # tokens before the targets, in all windows but the first
     sums = sums_over(net, Subset(windows, [0]), token_bytes, batch_size, 0, cache_dtype)
     if len(windows) > 1:
         others = Subset(windows, range(1, len(windows)))
@@ -113,10 +113,10 @@ def evaluate(
 
 
 def position_table(columns: dict[str, Tensor]) -> str:
-    """Mean loss over positions 0, 1, 2 to 3, 4 to 7 and so on, as text.
+    """Format the mean loss at positions 0, 1, 2 to 3, 4 to 7 and so on as a table.
 
     Args:
-        columns: by their headings, sums of `sums_by_position`, (3, T) each
+        columns: maps each heading to sums of `sums_by_position`, (3, T)
     """
     first = next(iter(columns.values()))
     rows = []
@@ -129,11 +129,11 @@ def position_table(columns: dict[str, Tensor]) -> str:
 
 
 def ranges(length: int) -> list[tuple[int, int]]:
-    """[0, 1), [1, 2), [2, 4), [4, 8) and so on up to `length`."""
+    """The ranges [0, 1), [1, 2), [2, 4), [4, 8) and so on, up to `length`."""
     edges = [0, *(2**power for power in range(length.bit_length()) if 2**power < length), length]
     return list(itertools.pairwise(edges))
 
 
 def losses(sums: Tensor) -> list[float | None]:
-    """Mean loss at each position; None where there was nothing to predict."""
+    """Mean loss in nats at each position, from sums (3, T); None where nothing was predicted."""
     return [nats / tokens if tokens else None for nats, tokens in sums[:2].T.tolist()]

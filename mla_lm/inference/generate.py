@@ -1,4 +1,4 @@
-"""Sampling continuations through the cache."""
+"""Sampling of continuations with a KV cache."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,9 @@ from mla_lm.attention.kv_cache import ModelCache
 from mla_lm.errors import UserError
 from mla_lm.model.transformer import Transformer
 
-NOTHING = -1  # in place of an id, where a row has none
-PREFILL = 1024  # tokens of a prompt that are read at once: what they take in memory does not grow with the prompt
-LOWEST_TEMPERATURE = 1e-6  # below, fp32 cannot tell sampling from taking the likeliest
+NOTHING = -1  # stands where a row has no id
+PREFILL = 1024  # prompt tokens read at once, so that activations do not grow with the prompt
+LOWEST_TEMPERATURE = 1e-6  # below it, sampling in fp32 is the same as taking the likeliest token
 
 
 @torch.no_grad()
@@ -32,31 +32,31 @@ def generate(
     cache: ModelCache | None = None,
     compiled: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield (B,) next ids, one position at a time, until `max_tokens` or the model's seq_len.
+    """Yield the next ids of all rows, (B,), one position at a time, until `max_tokens` or the model's seq_len.
 
-    Prompts of different lengths share a batch, all from position 0. The shortest decides how much is read at once;
-    from there on each row takes its next id from its own prompt while there is one and what was sampled after that.
-    So no row is padded or masked, and each attends to what it would attend to alone.
+    Prompts of different lengths share a batch, and all begin at position 0. The prompts are first read up to the length
+    of the shortest. From there on, each row takes its next id from its own prompt while that lasts, and samples after
+    it. So no row is padded or masked, and each attends to exactly what it would attend to alone.
 
     Args:
         model: in evaluation mode
-        prompts: (B, T) ids, or B tensors of (T_i,); each T at least 1
-        max_tokens: of each row; fewer come where seq_len ends first, none where the prompt fills it
-        temperature: 0 takes the likeliest token
+        prompts: (B, T) ids, or B tensors (T_i,) of them; none is empty
+        max_tokens: new tokens per row; fewer where seq_len is reached first, none where the prompt fills it
+        temperature: divides the logits; 0 takes the likeliest token
         top_k, top_p, min_p, repetition_penalty: see `token_weights` and `penalize`; all off by default
-        generator: on the model's device, for all rows; the global one unless given
-        dtype: of the cache, the weights' unless given; see `LayerCache`
-        cache: one that holds the first tokens of every prompt, which are not read again, and takes the others; a new
-            one, of `dtype`, unless given
-        compiled: the steps of one token run compiled, which takes up to a minute at the first of them
+        generator: random generator for all rows, on the model's device; by default the global one
+        dtype: of the cache, by default that of the weights; see `LayerCache`
+        cache: holds the first tokens of every prompt, which are not read again, and receives the rest; by default a new
+            one of `dtype`
+        compiled: compile the steps of one token; the first such step then takes up to a minute
 
     Yields:
-        (B,) ids; NOTHING (-1) for a row whose prompt still goes on, or that has had its max_tokens
+        (B,) ids; NOTHING (-1) for a row whose prompt is not read to its end, or that already has its max_tokens
 
-    Raises (at the first id that is asked for):
-        UserError (a ValueError): a prompt is longer than the model's seq_len, the cache holds the whole of one, or
-            `check_sampling` refuses an option.
-        ValueError: the cache has no room; raised by the step that needs it.
+    Raises (when the first id is asked for):
+        UserError (a ValueError): a prompt is longer than the model's seq_len, the cache already holds all of a prompt,
+            or `check_sampling` refuses an option.
+        ValueError: the cache has no room left; the step that needs it raises this.
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts, seq_len = list(prompts), model.config.seq_len
@@ -67,14 +67,14 @@ def generate(
     end = min(longest + max_tokens, seq_len)
     given = _side_by_side(prompts, end)
     seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=given.device)
-    seen.scatter_(1, torch.where(given == NOTHING, given[:, :1], given), True)  # the first stands for what is not there
+    seen.scatter_(1, torch.where(given == NOTHING, given[:, :1], given), True)  # the row's first id in place of NOTHING
     cache = cache or model.new_cache(len(prompts), end, dtype)
     if cache.length >= shortest:
         raise UserError(f"the cache holds {cache.length} tokens, and a prompt has {shortest}: nothing is left to read")
     tokens = given[:, cache.length : shortest]
 
     def read(tokens: Tensor) -> Tensor:
-        """(B, V) fp32 logits of what follows the tokens: of a whole prompt, only the last position needs them."""
+        """Append the tokens to the cache; return logits of the last position alone, (B, V) in fp32."""
         return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
 
     step = torch.compile(read, dynamic=True) if compiled else read
@@ -90,7 +90,7 @@ def generate(
 
 
 def _side_by_side(prompts: list[Tensor], end: int) -> Tensor:
-    """(B, end) ids, each row beginning with its prompt, NOTHING after it."""
+    """Pad the prompts on the right with NOTHING, to (B, end) ids."""
     given = pad_sequence(prompts, batch_first=True, padding_value=NOTHING)
     return F.pad(given, (0, end - given.size(1)), value=NOTHING)
 
@@ -102,7 +102,7 @@ def check_sampling(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
 ) -> None:
-    """Raises UserError (a ValueError) for an option that cannot be, naming it."""
+    """Raise UserError (a ValueError) that names an option with an invalid value."""
     if not 0 <= temperature < math.inf:
         raise UserError(f"temperature={temperature} must be a number from 0 on")
     if top_k is not None and top_k < 1:
@@ -116,12 +116,15 @@ def check_sampling(
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make the ids that a row has had, in its prompt or since, less likely (CTRL, arXiv 1909.05858, section 4.1).
+    """Make ids less likely that occur in a row's prompt or continuation (CTRL, arXiv 1909.05858, section 4.1).
 
     Args:
         logits: (B, V)
         seen: (B, V), true for those ids
-        penalty: divides a positive logit and multiplies a negative one, so that both fall; 1 changes nothing
+        penalty: divides positive logits and multiplies negative ones; above 1 both fall, 1 changes nothing
+
+    Returns:
+        (B, V) logits
     """
     if penalty == 1:
         return logits
@@ -136,7 +139,7 @@ def pick(
     min_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """(B, V) logits to (B,) ids."""
+    """Sample one id per row, (B,), from (B, V) logits; below LOWEST_TEMPERATURE, take the likeliest."""
     if temperature < LOWEST_TEMPERATURE:
         return logits.argmax(-1)
     weights = token_weights(logits, temperature, top_k, top_p, min_p)
@@ -146,14 +149,16 @@ def pick(
 def token_weights(
     logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> Tensor:
-    """What ids are drawn in proportion to: their probabilities, with 0 for those left out; each limit cuts further.
+    """Sampling probabilities, unnormalised: softmax of the logits, with 0 for the ids that a limit excludes.
+
+    The limits apply one after another, in the order of the arguments.
 
     Args:
         logits: (B, V)
         temperature: above 0; divides the logits
-        top_k: keep this many likeliest
-        top_p: keep the fewest likeliest that together have this share of what is left (arXiv 1904.09751)
-        min_p: keep those at least this many times as likely as the likeliest (arXiv 2407.01082)
+        top_k: keep the k likeliest ids
+        top_p: keep the fewest likeliest ids that hold this share of the remaining probability (arXiv 1904.09751)
+        min_p: keep ids at least `min_p` times as likely as the likeliest one (arXiv 2407.01082)
 
     Returns:
         (B, V)
@@ -164,7 +169,7 @@ def token_weights(
         weights = weights.where(weights >= kth, 0)
     if top_p is not None:
         ordered, order = weights.sort(descending=True)
-        likelier = ordered.cumsum(-1) - ordered  # the share of all before it
+        likelier = ordered.cumsum(-1) - ordered  # probability of all likelier ids
         kept = ordered.where(likelier < top_p * ordered.sum(-1, keepdim=True), 0)
         weights = torch.zeros_like(weights).scatter_(1, order, kept)
     if min_p is not None:

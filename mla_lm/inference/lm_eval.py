@@ -1,7 +1,7 @@
-"""A run under EleutherAI's lm-evaluation-harness, batched and through the KV cache.
+"""A run as a model of EleutherAI's lm-evaluation-harness, in batches and with the KV cache.
 
-Its numbers are those that the harness's own HFLM gives for the exported run (`scripts.export`): prompts begin with the
-end-of-text token, and what is too long for the model is cut as there.
+It gives the same numbers as the harness's own HFLM for the exported run (`scripts.export`): prompts begin with the
+end-of-text token, and whatever is too long for the model is cut in the same way.
 """
 
 from collections import defaultdict
@@ -27,13 +27,13 @@ from mla_lm.inference.generate import NOTHING, generate
 from mla_lm.inference.streaming import Continuation
 from mla_lm.model.transformer import Transformer
 
-SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # generation_kwargs that `generate` takes as they are
-POSITIONS = 1024  # whose logits exist at once
-Answer = tuple[float, bool]  # log-probability of a continuation, and whether each of its tokens is the likeliest
+SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")  # generation_kwargs that `generate` takes unchanged
+POSITIONS = 1024  # positions whose logits exist at once
+Answer = tuple[float, bool]  # log-probability of a continuation, and whether it is the greedy one
 
 
 class Scored(NamedTuple):
-    """A request of which the last `count` ids are predicted, each from those before it."""
+    """A request to score its last `count` ids, each predicted from the ids before it."""
 
     number: int
     ids: list[int]
@@ -41,7 +41,7 @@ class Scored(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Requests whose ids all follow on `shared`."""
+    """Requests with a common context, `shared`; their own ids follow it."""
 
     shared: tuple[int, ...]
     members: list[Scored]
@@ -52,7 +52,7 @@ class Group(NamedTuple):
 
 
 class RunLM(TemplateLM):
-    """A run as the harness asks it.
+    """A run behind the harness's interface for models.
 
     Args:
         run: what `load_run` gives
@@ -72,30 +72,30 @@ class RunLM(TemplateLM):
         return self.end
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text, after the end-of-text token unless `add_special_tokens` is False."""
+        """Ids of a text, with the end-of-text token in front unless `add_special_tokens` is False."""
         ids = encode(self.tokenizer, string)
         return ids if add_special_tokens is False else [self.end, *ids]
 
     # log-probabilities
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """Of each (context, continuation); an empty continuation is certain."""
+        """Score each (context, continuation); an empty continuation has log-probability 0."""
         return self._loglikelihood_tokens([(r.args, *self._encode_pair(*r.args)) for r in requests])
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of the context, and those that the continuation adds to it."""
+        """Ids of the context, and ids that the continuation adds to them."""
         alone = self.tok_encode(continuation, add_special_tokens=False)
         if not context:
             return [self.end], alone
         context_ids, ids = super()._encode_pair(context, continuation)
-        # It may merge with the context's last token and add none, which HFLM would score as certain.
+        # The continuation may merge into the context's last token and add no id; HFLM would score that as certain.
         return context_ids, ids or alone
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of each text, in windows of seq_len tokens.
+        """Log-probability of each text, in windows of seq_len tokens.
 
-        HFLM puts an end-of-text token before the one that its tokenizer puts before a text, and so predicts one more
-        token for each text; so that numbers compare, this does too. `scripts.evaluate --files` predicts text alone.
+        HFLM's tokenizer puts an end-of-text token before a text, and HFLM another one before that, so it predicts one
+        token more per text. This does the same, to be comparable. `scripts.evaluate --files` predicts only the text.
         """
         texts = [
             [
@@ -109,17 +109,17 @@ class RunLM(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Answer]:
-        """Of each (anything, ids of the context, ids of the continuation); a context too long is cut from the left."""
+        """Score each (anything, context ids, continuation ids); a context that is too long is cut from the left."""
         answers = [(0.0, True)] * len(requests)
         scored = []
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(f"a continuation has {len(continuation)} tokens, the model reads {self.max_length}")
             if continuation:
-                ids = context + continuation  # the last is predicted, not read
+                ids = context + continuation  # the last id is predicted, not read
                 self.cut += len(ids) > self.max_length + 1
                 scored.append(Scored(number, ids[-self.max_length - 1 :], len(continuation)))
-        with tqdm(total=len(scored), desc="reading", disable=None) as bar:  # None: where stderr is no terminal
+        with tqdm(total=len(scored), desc="reading", disable=None) as bar:  # None: only on a terminal
             for batch in in_batches(by_context(scored), self.batch_size * self.max_length):
                 for number, answer in self._score(batch):
                     answers[number] = answer
@@ -127,11 +127,11 @@ class RunLM(TemplateLM):
         return answers
 
     def _score(self, batch: list[Group]) -> Iterator[tuple[int, Answer]]:
-        """The answer to each request of a batch, beside its number."""
+        """Yield the number of each request in a batch and its answer."""
         members = [member for group in batch for member in group.members]
         rows = [torch.tensor(member.ids, device=self.device) for member in members]
         counts = [member.count for member in members]
-        # Filled up on the right, as no position sees those after it.
+        # Padding on the right changes nothing, since no position attends to later ones.
         inputs = pad_sequence([row[:-1] for row in rows], batch_first=True)
         with inference_autocast(self.device.type, self.precision):
             cache = self._read_contexts(batch, inputs.size(1)) if batch[0].shared else None
@@ -145,7 +145,7 @@ class RunLM(TemplateLM):
             yield member.number, (logprob.sum().item(), bool(likely.all()))
 
     def _read_contexts(self, batch: list[Group], room: int) -> ModelCache:
-        """A cache with a row for each request, which holds its context; each context is read once."""
+        """Read each context once; return a cache with one row per request, which holds its context."""
         contexts = torch.tensor([group.shared for group in batch], device=self.device)
         cache = self.model.new_cache(len(batch), contexts.size(1) + room, DTYPES[self.precision])
         self.model.hidden_states(contexts, cache)
@@ -155,7 +155,7 @@ class RunLM(TemplateLM):
         return cache
 
     def _predictions(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (N,) of targets (N,) after hidden states (N, d_model); whether they are the likeliest."""
+        """From hidden states (N, d_model): log-probabilities of targets (N,), and whether each is the likeliest id."""
         logprobs, likeliest = [], []
         for part, target in zip(x.split(POSITIONS), targets.split(POSITIONS), strict=True):
             logits = self.model.head(part).float()
@@ -166,9 +166,9 @@ class RunLM(TemplateLM):
     # generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What follows each (context, generation_kwargs), up to the first of its stop strings."""
+        """Continue each (context, generation_kwargs) up to the first of its stop strings."""
         prompts = [(self.tok_encode(context), options) for context, options in (r.args for r in requests)]
-        # Prompts of about one length share a batch, as `generate` reads at once no more than the shortest has.
+        # Prompts of similar length share a batch, since `generate` reads only the shortest one's length at once.
         order = Collator(prompts, sort_fn=lambda p: -len(p[0]), group_by="gen_kwargs", group_fn=lambda p: p[1])
         texts = []
         with tqdm(total=len(prompts), desc="generating", disable=None) as bar:
@@ -203,13 +203,13 @@ class RunLM(TemplateLM):
 
 
 def by_context(requests: Iterable[Scored]) -> list[Group]:
-    """Requests that share all but the last token of their context together, the others each alone."""
+    """Group the requests that share all but the last token of their context; every other one is a group of its own."""
     alike = defaultdict(list)
     for request in requests:
         alike[tuple(request.ids[: -request.count - 1])].append(request)
     groups = []
     for shared, members in alike.items():
-        if shared and len(members) > 1:  # the last token of the context is read again, to predict from it
+        if shared and len(members) > 1:  # the context's last token is read by each member, to predict from it
             groups.append(Group(shared, [Scored(n, ids[len(shared) :], count) for n, ids, count in members]))
         else:
             groups += [Group((), [member]) for member in members]
@@ -217,7 +217,7 @@ def by_context(requests: Iterable[Scored]) -> list[Group]:
 
 
 def in_batches(groups: list[Group], most: int) -> Iterator[list[Group]]:
-    """Groups that share equally many ids, with at most this many ids in all where one group has no more."""
+    """Batch groups whose contexts are equally long, up to `most` ids in all; a larger group is a batch of its own."""
     batch, rows = [], 0
     for group in sorted(groups, key=lambda group: (len(group.shared), group.width), reverse=True):
         rows += len(group.members)

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, and what a run achieves in them."""
+"""Tasks of EleutherAI's lm-evaluation-harness, and the scores of a run on them."""
 
 import difflib
 import random
@@ -23,7 +23,7 @@ from mla_lm.model.transformer import Transformer
 
 
 def task_manager(include_path: str | None) -> TaskManager:
-    """The harness's own tasks, and those of the YAML files below `include_path`.
+    """The harness's own tasks, and those that YAML files below `include_path` define.
 
     Raises:
         UserError: there is no such folder.
@@ -36,20 +36,21 @@ def task_manager(include_path: str | None) -> TaskManager:
 def evaluate_tasks(
     run: tuple[Transformer, Tokenizer, TrainConfig], names: list[str], manager: TaskManager, limit: int | None = None
 ) -> dict[str, Any]:
-    """What `lm_eval.evaluate` gives for a run, set up as `lm_eval.simple_evaluate` does it.
-
-    With `cut_requests` beside, how many had a context too long for the model, which was cut from the left; and
-    `lm_eval_version`.
+    """Evaluate a run on tasks, with the settings of `lm_eval.simple_evaluate`.
 
     Args:
-        run: what `load_run` gives
-        names: of tasks, groups and tags; * and ? in one stand for any characters and any character
-        limit: documents of each task at most
+        run: the result of `load_run`
+        names: tasks, groups and tags; * stands for any characters in a name, ? for any one
+        limit: most documents per task
+
+    Returns:
+        the results of `lm_eval.evaluate`, with `cut_requests`, the number of requests whose context was too long for
+        the model and was cut from the left, and `lm_eval_version`
 
     Raises:
-        UserError: a task is unknown, cannot be loaded, or asks for what the model cannot do.
+        UserError: a task is unknown, cannot be loaded, or needs what the model cannot do.
     """
-    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle as they are loaded
+    random.seed(DEFAULT_RANDOM_SEED)  # some tasks shuffle while they are loaded
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
     tasks = load_tasks(names, manager)
@@ -64,7 +65,7 @@ def evaluate_tasks(
 
 
 def table(results: dict[str, Any]) -> str:
-    """The harness's table of what `evaluate_tasks` gives."""
+    """Format the result of `evaluate_tasks` as the harness does."""
     text = "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)
     if cut := results["cut_requests"]:
         text += f"\n{cut} requests had a context too long for the model: it was cut from the left"
@@ -72,8 +73,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def load_tasks(names: list[str], manager: TaskManager) -> TaskDict:
-    """The tasks with their data; what is not cached is downloaded."""
-    found: dict[str, None] = {}  # each once, in order
+    """Load the tasks and their data; data that is not cached is downloaded.
+
+    Raises:
+        UserError: a task is unknown or cannot be loaded.
+    """
+    found: dict[str, None] = {}  # keeps each name once, in order
     for name in names:
         matches = manager.match_tasks([name])
         if not matches:
@@ -85,7 +90,7 @@ def load_tasks(names: list[str], manager: TaskManager) -> TaskDict:
     try:
         with from_cache_only(not reached):
             return manager.load(list(found))
-    except Exception as error:  # of the task's own code and several libraries
+    except Exception as error:  # may come from a task's own code or several libraries
         from huggingface_hub.constants import ENDPOINT
 
         lines = f"{error}".strip().splitlines() or [type(error).__name__]

@@ -1,4 +1,4 @@
-"""Text that a trained run continues, token by token."""
+"""Text generation by a trained run, token by token, as decoded text."""
 
 import time
 from collections.abc import Iterator
@@ -14,29 +14,29 @@ from mla_lm.hardware import DTYPES, inference_autocast
 from mla_lm.inference.generate import NOTHING, generate
 from mla_lm.model.transformer import Transformer
 
-NOT_WHOLE = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no whole character decode to
+NOT_WHOLE = "\N{REPLACEMENT CHARACTER}"  # what an incomplete UTF-8 character decodes to
 
 
 class Continuation:
-    """One prompt's text as it grows: up to the end of the document, the first stop string, or `room` new tokens.
+    """The text of one prompt as it grows, until the document ends, a stop string appears, or `room` tokens have come.
 
     Args:
-        ids: of the prompt
+        ids: ids of the prompt
         end: id that ends a document
-        room: new tokens at most, at least 1
-        stops: texts that end it; they are not shown, and one that begins in the prompt does not count
+        room: most new tokens, at least 1
+        stops: strings that end the text and are cut off it; one that begins in the prompt does not count
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: list[int], end: int, room: int, stops: list[str]):
         self.tokenizer, self.end, self.room, self.stops = tokenizer, end, room, stops
         self.ids = list(ids)
         self.text = ""
-        # Only the last ids are decoded again for a new one, as all would take ever longer: those since the last whole
-        # character, and the few before that, as a tokenizer may drop the space that its text begins with.
+        # For each new id only the last ids are decoded again, as decoding all would take ever longer. They are the ids
+        # since the last whole character, and a few before them, as a tokenizer may drop a text's leading space.
         self._window, self._whole, self._length = 0, 0, 0
         self._decode_window()
         self.prompt_length = len(self.text)
-        self.new = 0  # tokens that came
+        self.new = 0  # number of new tokens
         self.done = False
 
     def add(self, token: int) -> None:
@@ -60,12 +60,12 @@ class Continuation:
 
     @property
     def stored(self) -> int:
-        """Tokens to be stored for it as it is, the end-of-text token before it included."""
+        """Tokens that a cache of the present text holds, including the end-of-text token before it."""
         return len(self.ids) + 1
 
     @property
     def settled(self) -> str:
-        """All but what later tokens may change: a character that is not whole, and the beginning of a stop string."""
+        """The text up to what later tokens may change: an incomplete character, or the start of a stop string."""
         text = self.text.rstrip(NOT_WHOLE)
         if self.done:
             return text
@@ -75,19 +75,19 @@ class Continuation:
 
 
 class Decoding:
-    """Prompts as one run continues them: all in one batch, through its KV cache, a token of each at a step.
+    """Continues prompts with one run, all in one batch with a KV cache, by one token each per step.
 
     Args:
-        run: what `load_run` gives
+        run: the result of `load_run`
         prompts: texts to continue
-        max_tokens: new tokens of each at most; fewer where the model's seq_len ends first
+        max_tokens: most new tokens per prompt; fewer where the model's seq_len is reached first
         stops: see `Continuation`
-        generator: on the model's device
-        cache_dtype: that of the run's precision unless given
+        generator: random generator, on the model's device
+        cache_dtype: by default that of the run's precision
         sampling: options of `generate`
 
     Raises:
-        UserError: a prompt is empty, too long for the model, or has a character that the tokenizer does not know.
+        UserError: a prompt is empty, is too long for the model, or has a character that the tokenizer does not know.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Decoding:
     ):
         model, tokenizer, config = run
         self.precision, self.device = config.trainer.precision, generator.device
-        self.seconds = 0.0  # that its steps took
+        self.seconds = 0.0  # total time of its steps
         end = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text)
         self.seq_len = seq_len = model.config.seq_len
         self.texts = []
@@ -114,13 +114,13 @@ class Decoding:
                 raise UserError(f"the prompt has {len(ids) + 1} tokens, the model reads {seq_len}: shorten it")
             room = min(max_tokens, seq_len - len(ids) - 1)
             self.texts.append(Continuation(tokenizer, ids, end, room, stops))
-        begun = [torch.tensor([end, *text.ids], device=self.device) for text in self.texts]  # after a document's end
+        begun = [torch.tensor([end, *text.ids], device=self.device) for text in self.texts]  # as after another document
         dtype = cache_dtype or DTYPES[self.precision]
         self.steps = generate(model, begun, max_tokens, **sampling, generator=generator, dtype=dtype)
-        self.cache_bytes_per_token = model.new_cache(1, 1, dtype).nbytes  # all layers
+        self.cache_bytes_per_token = model.new_cache(1, 1, dtype).nbytes  # over all layers
 
     def step(self) -> None:
-        """Give each text its next token, if its prompt has been read and it is not done."""
+        """Add the next token to each text that is not done and whose prompt has been read."""
         start = time.perf_counter()
         with inference_autocast(self.device.type, self.precision):
             ids = next(self.steps).tolist()
@@ -135,22 +135,22 @@ class Decoding:
 
     @property
     def full(self) -> bool:
-        """Whether a text has come to the model's seq_len."""
+        """Whether a text has reached the model's seq_len."""
         return any(text.stored == self.seq_len for text in self.texts)
 
     @property
     def new(self) -> int:
-        """Tokens that came, of all texts."""
+        """Number of new tokens in all texts."""
         return sum(text.new for text in self.texts)
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens over the time of all steps, the first among them, which reads the prompt."""
+        """New tokens per second of all steps, including the first, which reads the prompts."""
         return self.new / self.seconds
 
     @property
     def stored(self) -> int:
-        """Tokens to be stored for the texts as they are."""
+        """Tokens that a cache of all present texts holds."""
         return sum(text.stored for text in self.texts)
 
     @property
@@ -159,8 +159,8 @@ class Decoding:
 
 
 def in_turns(*decodings: Decoding) -> Iterator[None]:
-    """Step those that are not done, one after another, until all are; yields after each round."""
-    # Every step has an autocast of its own; within another one, the weights' copies in low precision outlive it.
+    """Step the unfinished decodings one after another until all are done; yield after each round."""
+    # Each step opens its own autocast. Inside an outer one, the weights' low-precision copies would outlive the step.
     with torch.autocast(decodings[0].device.type, enabled=False):
         while not all(decoding.done for decoding in decodings):
             for decoding in decodings:

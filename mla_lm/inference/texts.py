@@ -1,4 +1,4 @@
-"""Text to measure a run on: a split of its own data, or any files."""
+"""The text that a run is measured on: a split of its own data, or any files."""
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,10 +16,10 @@ from mla_lm.runs.trust import with_agreed_paths
 
 
 def tokens_of_split(run: str, split: str, tokenizer: Tokenizer, config: TrainConfig, trusted: bool = False) -> Tokens:
-    """A split of the very data that the run was trained on.
+    """The tokens of a split of the data that the run was trained on.
 
     Raises:
-        UserError: they have changed; or the run was made elsewhere, names files, and is not `trusted`.
+        UserError: the data have changed; or the run was made elsewhere, names files, and is not `trusted`.
     """
     folder, checkpoint = find_best(run)
     fingerprint = load_checkpoint(checkpoint).get("data_fingerprint")
@@ -33,7 +33,11 @@ def tokens_of_split(run: str, split: str, tokenizer: Tokenizer, config: TrainCon
 
 
 def tokens_of_files(files: str, column: str, tokenizer: Tokenizer, config: TrainConfig) -> np.ndarray:
-    """All documents of the files, each followed by the end-of-text token."""
+    """The tokens, (count,), of all documents in the files, each followed by the end-of-text token.
+
+    Raises:
+        UserError: a file is missing, cannot be read as text, or lacks the column.
+    """
     end = end_of_text_id(tokenizer, config.data.tokenizer.end_of_text)
     tokens: list[int] = []
     try:
@@ -42,6 +46,6 @@ def tokens_of_files(files: str, column: str, tokenizer: Tokenizer, config: Train
             check_format(path)
             for text, ends in read_file(path, column):
                 tokens += encode(tokenizer, text) + [end] * ends
-    except UserError as error:  # worded for the keys of a configuration
+    except UserError as error:  # it names keys of a configuration, but here these are options
         raise UserError(str(error).replace("data.column", "--column").replace("data.files", "--files")) from error
     return np.array(tokens)

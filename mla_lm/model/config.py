@@ -9,9 +9,9 @@ from mla_lm.errors import UserError
 
 @dataclass
 class TransformerConfig:
-    """Sizes of the whole model. `vocab_size` and `document_token` are filled in by train.py.
+    """Sizes of the whole model. train.py fills in `vocab_size` and `document_token`.
 
-    `layer_config` raises UserError (a ValueError) for sizes that cannot be.
+    `layer_config` checks them and raises UserError (a ValueError) for invalid sizes.
     """
 
     num_layers: int = 4
@@ -20,8 +20,8 @@ class TransformerConfig:
     seq_len: int = 256
     ff_hidden: int = 640
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    vocab_size: int | None = None  # entries of the tokenizer
-    document_token: int | None = None  # id that begins a document: attention then stays within documents
+    vocab_size: int | None = None  # number of the tokenizer's entries
+    document_token: int | None = None  # id that begins a document; if set, attention stays within documents
     dropout: float = 0.0
     use_bias: bool = False
     norm_eps: float = 1e-6  # of the norms on the residual stream; those on MLA's latents keep 1e-6, as DeepSeek's do
@@ -29,7 +29,7 @@ class TransformerConfig:
     activation_checkpointing: bool = False
 
     def layer_config(self) -> LayerConfig:
-        """The configuration of each block's attention, checked."""
+        """Check the sizes and return the configuration of each block's attention."""
         for name in ("num_layers", "d_model", "num_heads", "seq_len", "ff_hidden"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")

@@ -1,4 +1,4 @@
-"""The parts of a transformer: feed-forward and block."""
+"""The layers of a transformer: feed-forward network and block."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from mla_lm.model.config import TransformerConfig
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU feed-forward network (arXiv 2002.05202), (B, T, d_model) to the same."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

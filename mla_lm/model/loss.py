@@ -1,29 +1,29 @@
-"""Output projection and cross-entropy in one, so that the logits of all tokens never exist at once."""
+"""Output projection and cross-entropy in one function, so that the logits of all tokens never exist at once."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100  # a target that is not predicted
-CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}  # logits held at once: on a CPU what its caches hold, on a GPU 0.5 GiB
-LEAST_ROWS = 512  # with fewer tokens to a chunk, adding up the weight's gradient takes longer than the products
+IGNORE = -100  # a target that does not count
+CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}  # logits at once: what a CPU's caches hold; 0.5 GiB on a GPU
+LEAST_ROWS = 512  # in smaller chunks, accumulating the weight's gradient takes longer than the products
 
 
-@torch.compiler.disable  # a loop of many chunks: unrolled by the compiler, it costs more than it gains
+@torch.compiler.disable  # the compiler would unroll the loop over chunks, which costs more than it gains
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of softmax(x weight^T) against targets, accumulated in fp32 whatever the inputs' precision.
+    """Cross-entropy of softmax(x weight^T) against targets, accumulated in fp32 whatever the inputs' dtype.
 
     Args:
         x: (B, T, D)
         weight: (V, D)
-        targets: (B, T), -100 where there is nothing to predict
-        reduction: "mean" over the targets that count, or "none"
+        targets: (B, T) ids, -100 where there is nothing to predict
+        reduction: "mean" over the targets other than -100, or "none"
 
     Returns:
-        nats, fp32: a scalar, or (B, T) with 0 where the target is -100; the mean over no targets at all is 0
+        the loss in nats, fp32: a scalar (0 if no target counts), or (B, T) with 0 where the target is -100
 
     Raises:
-        ValueError: another reduction
+        ValueError: the reduction is neither of the two.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction={reduction!r} is unknown: 'mean' or 'none'")
@@ -41,14 +41,14 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: 
 
 
 class _MeanLoss(torch.autograd.Function):
-    """The mean loss with its gradients, which are worked out on the way forward while each chunk's logits exist.
+    """The mean loss. Its forward pass computes the gradients too, while each chunk's logits exist.
 
-    The gradient of the logits is softmax - onehot, so a second pass over them would only compute them again.
+    The gradient of the logits is softmax - onehot. Computing it in the backward pass would need the same logits again.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        # Cast once: autocast, which keeps no copies where there is no graph, would cast the weight for every product.
+        # Cast the weight once. Without a graph, autocast keeps no copies and would cast it again for every product.
         autocast = torch.is_autocast_enabled(x.device.type)
         matrix = weight.to(torch.get_autocast_dtype(x.device.type)) if autocast else weight
         rows = _rows_per_chunk(x, weight)
@@ -64,7 +64,7 @@ class _MeanLoss(torch.autograd.Function):
             probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
             loss -= (probs.gather(1, target) * valid).sum()
             grad = probs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=torch.float32)).mul_(valid)
-            grad = grad.to(logits.dtype)  # the precision of the forward matmul serves the backward ones
+            grad = grad.to(logits.dtype)  # the forward product's dtype serves the backward ones
             grad_part.copy_(grad @ matrix)
             grad_weight += grad.T @ part
         count = _count(targets)
@@ -74,7 +74,7 @@ class _MeanLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None]:
         grad_x, grad_weight, count = ctx.saved_tensors
-        # Divided only now, by a loss scaler's factor times 1/count: in fp16 the mean's gradients would underflow.
+        # Divide by the count only here, where the loss scaler's factor is known: else gradients underflow in fp16.
         factor = grad_loss / count
         return grad_x * factor.to(grad_x.dtype), grad_weight * factor.to(grad_weight.dtype), None
 

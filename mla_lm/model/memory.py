@@ -1,4 +1,4 @@
-"""The memory that a training step takes on a device, without allocating it."""
+"""The memory that a training step takes on one device, computed without allocating it."""
 
 from dataclasses import dataclass, replace
 
@@ -14,23 +14,23 @@ from mla_lm.model.transformer import Transformer
 
 @dataclass
 class TrainingMemory:
-    """Bytes that one device holds while it trains eagerly in a precision; see `training_memory`."""
+    """Bytes that one device holds during eager training; see `training_memory`."""
 
-    weights: int  # in fp32, with the tables of RoPE
+    weights: int  # in fp32, RoPE's tables included
     gradients: int  # in fp32
-    optimizer_state: int  # AdamW's two moments; of the matrices that Muon updates, one
-    weight_copies: int  # of the blocks' matrices, which autocast keeps for a whole step; 0 in fp32
-    loss: int  # one chunk of logits with what the loss makes of them, and its copies of the head
-    activations: int  # kept from the forward to the backward pass
-    checkpointed_activations: int  # kept with activation_checkpointing
-    recomputed_block: int  # what one block would have kept: with activation_checkpointing, backward makes it again
-    feed_forward_gradients: int  # of SwiGLU's product and its two factors, in the block where backward begins
+    optimizer_state: int  # AdamW's two moments, or one for each matrix that Muon updates
+    weight_copies: int  # autocast's copies of the blocks' matrices, kept for a whole step; 0 in fp32
+    loss: int  # a chunk of logits, what the loss computes from them, and its copies of the head's weight
+    activations: int  # kept from the forward pass for the backward pass
+    checkpointed_activations: int  # the same with activation_checkpointing
+    recomputed_block: int  # one block's activations, which activation_checkpointing computes again in backward
+    feed_forward_gradients: int  # of SwiGLU's product and its two factors, where backward begins
 
     def peak(self, checkpointing: bool, accumulation: int = 1) -> int:
-        """The most that is held at once, in the loss, where backward begins, or where it ends.
+        """The most bytes held at any time: in the loss, at the start of the backward pass, or at its end.
 
-        Gradients of an earlier micro-batch are there throughout; without accumulation the backward pass makes them
-        as it frees the activations.
+        With accumulation, the gradients of earlier micro-batches are there throughout. Without it, the backward pass
+        allocates gradients while it frees activations.
         """
         if checkpointing:
             most = self.checkpointed_activations + max(self.loss, self.recomputed_block + self.feed_forward_gradients)
@@ -43,17 +43,17 @@ class TrainingMemory:
 def training_memory(
     config: TransformerConfig, batch_size: int, dtype: torch.dtype, device: str = "cuda", optimizer: str = "adamw"
 ) -> TrainingMemory:
-    """What training takes on one device.
+    """Compute the memory that training takes on one device.
 
     Args:
-        config: activation_checkpointing is not read: both are answered
-        batch_size: sequences of seq_len tokens that go through the device at once
-        dtype: of autocast; fp32 is without
-        device: type of it, which decides how many logits the loss makes at once, and whether attention stores scores
+        config: its activation_checkpointing is not read, as the result covers both cases
+        batch_size: sequences of seq_len tokens in a micro-batch
+        dtype: of autocast; fp32 means no autocast
+        device: its type decides how many logits the loss computes at once, and whether attention stores scores
         optimizer: adamw or muon
 
     Raises:
-        UserError (a ValueError): a configuration that cannot be.
+        UserError (a ValueError): the configuration is invalid.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -61,10 +61,10 @@ def training_memory(
     matrices = sum(m.weight.numel() for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear))
     copies = 0 if dtype == torch.float32 else matrices * dtype.itemsize
     kept, block = _kept_bytes(config, batch_size, dtype, copies // config.num_layers, checkpointing=False)
-    if device != "cpu" and stores_scores("cpu", dtype, config.seq_len):  # the model below runs as on a CPU
+    if device != "cpu" and stores_scores("cpu", dtype, config.seq_len):  # _kept_bytes runs the model as on a CPU
         scores = batch_size * config.num_heads * config.seq_len**2 * dtype.itemsize
         kept, block = kept - config.num_layers * scores, block - scores
-    checkpointed, _ = _kept_bytes(config, batch_size, dtype, 0, checkpointing=True)  # which keeps no copies itself
+    checkpointed, _ = _kept_bytes(config, batch_size, dtype, 0, checkpointing=True)  # a checkpoint keeps no copies
     return TrainingMemory(
         weights=weights + sum(b.nbytes for b in model.buffers()),
         gradients=weights,
@@ -81,9 +81,10 @@ def training_memory(
 def _kept_bytes(
     config: TransformerConfig, batch_size: int, dtype: torch.dtype, copies_per_block: int, checkpointing: bool
 ) -> tuple[int, int]:
-    """What the forward pass keeps, and one block's part of it, both without autocast's copies of weights.
+    """Bytes that the forward pass keeps, and one block's share of them, both without autocast's copies of weights.
 
-    It is the very model, run on tensors that have no data: one block and two tell what each further one adds.
+    The model itself runs on fake tensors, which have no data. A run with one block and one with two tell what each
+    further block adds.
     """
     sizes = []
     for num_layers in (1, 2):
@@ -96,27 +97,27 @@ def _kept_bytes(
 
 
 def _loss_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
-    """The most that `linear_cross_entropy` holds of its own, which is while it takes the softmax of a chunk."""
+    """The most bytes that `linear_cross_entropy` allocates at once: those held during the softmax of a chunk."""
     chunk = max(LEAST_ROWS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // config.vocab_size)
     mixed = dtype != torch.float32
-    per_logit = dtype.itemsize + 4  # the logit and, in fp32, its probability
+    per_logit = dtype.itemsize + 4  # the logit, and its probability in fp32
     if mixed and not (device == "cuda" and dtype == torch.float16):
-        per_logit += 4  # the logit in fp32: only on a GPU, and in fp16, does the softmax take it as it is
+        per_logit += 4  # the logit cast to fp32; only on a GPU in fp16 does softmax read it uncast
     if tokens > chunk:
-        per_logit += 4 + dtype.itemsize * mixed  # the probabilities, in place their gradients, of the chunk before
-    head = config.vocab_size * config.d_model * dtype.itemsize  # the chunk's gradient of it; autocast copies it too
+        per_logit += 4 + dtype.itemsize * mixed  # the previous chunk's probabilities, now gradients
+    head = config.vocab_size * config.d_model * dtype.itemsize  # a chunk's gradient of the weight; autocast: its copy
     return min(tokens, chunk) * config.vocab_size * per_logit + head * (2 if mixed else 1)
 
 
 def saved_bytes(model: Transformer, tokens: Tensor, dtype: torch.dtype) -> int:
-    """Bytes that a forward pass of the loss keeps for backward, beside parameters and buffers.
+    """Bytes that the forward pass of the loss keeps for the backward pass, besides parameters and buffers.
 
-    Each storage counts once, however many tensors share it; autocast's copies of weights count.
+    A storage that several tensors share counts once. Autocast's copies of weights count too.
 
     Args:
         model: in training mode
         tokens: (B, T) ids
-        dtype: of autocast; fp32 is without
+        dtype: of autocast; fp32 means no autocast
     """
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}

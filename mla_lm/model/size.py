@@ -14,31 +14,31 @@ from mla_lm.model.transformer import Transformer
 
 @dataclass
 class ModelSize:
-    """Sizes of one configuration; FLOPs count a multiply-add as two and leave out all but matrix products."""
+    """Sizes of one configuration. FLOPs are those of matrix products only; a multiply-add counts as two."""
 
     attention: str
     parameters: int
-    non_embedding_parameters: int  # without the embedding table; with an untied head
-    flops_per_token: float  # of a training step: forward and twice that for backward, causal, at seq_len
+    non_embedding_parameters: int  # without the embedding table, but with an untied head
+    flops_per_token: float  # of a training step at seq_len: forward, and twice that for backward; causal
     cache_elements_per_token_per_layer: int
 
     def cache_bytes_per_token(self, num_layers: int, dtype: torch.dtype) -> int:
-        """Bytes of the KV cache for each stored token, all layers."""
+        """Bytes of the KV cache per stored token, over all layers."""
         return num_layers * self.cache_elements_per_token_per_layer * dtype.itemsize
 
 
 def model_size(config: TransformerConfig) -> ModelSize:
-    """Count what `Transformer(config)` holds and does.
+    """Count the parameters, FLOPs and cache elements of `Transformer(config)`.
 
     Raises:
-        UserError (a ValueError): a configuration that cannot be.
+        UserError (a ValueError): the configuration is invalid.
     """
     with torch.device("meta"):
         model = Transformer(config)
     parameters = sum(p.numel() for p in model.parameters())
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     layer = config.layer_config()
-    keys_seen = (config.seq_len + 1) / 2  # by a query, on average
+    keys_seen = (config.seq_len + 1) / 2  # by the average query
     attention = config.num_layers * keys_seen * layer.macs_per_key
     return ModelSize(
         attention=config.attention.kind,
@@ -50,9 +50,9 @@ def model_size(config: TransformerConfig) -> ModelSize:
 
 
 def same_size_as(config: TransformerConfig) -> list[ModelSize]:
-    """This configuration, then those of MHA, GQA and MQA that it is not, of equal num_layers, num_heads, d_model.
+    """The sizes of this configuration, then of the other kinds among MHA, GQA and MQA, with all else equal.
 
-    GQA has num_heads / 4 key heads, or the next smaller divisor of num_heads; 2 where there are fewer than 8 heads.
+    GQA has num_heads / 4 key heads, or the next smaller divisor of num_heads, and 2 if there are fewer than 8 heads.
     """
     sizes = [model_size(config)]
     heads = config.num_heads
@@ -60,6 +60,6 @@ def same_size_as(config: TransformerConfig) -> list[ModelSize]:
     for kind, num_kv_heads in (("mha", heads), ("gqa", grouped), ("mqa", 1)):
         other = replace(config, attention=AttentionConfig(kind=kind, num_kv_heads=num_kv_heads))
         if kind != config.attention.kind:
-            with suppress(UserError):  # few heads have no groups, and heads of an odd size cannot be rotated whole
+            with suppress(UserError):  # too few heads for groups, or heads of an odd size, which RoPE cannot rotate
                 sizes.append(model_size(other))
     return sizes

@@ -14,10 +14,10 @@ from mla_lm.model.loss import linear_cross_entropy
 
 
 class Transformer(nn.Module):
-    """Embedding, blocks, norm, head.
+    """A decoder-only language model: embedding, blocks, norm, head.
 
     Raises:
-        UserError (a ValueError): a configuration that cannot be.
+        UserError (a ValueError): the configuration is invalid.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -35,31 +35,31 @@ class Transformer(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with deviation 0.02; what writes to the residual stream is scaled by its depth (GPT-2's recipe)."""
+        """Draw weights from N(0, 0.02^2); projections into the residual stream are scaled down by depth (GPT-2)."""
         if isinstance(module, Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, Block):  # apply() visits a block after its parts
+        elif isinstance(module, Block):  # apply() visits a block after its submodules
             for proj in (module.attention.out_proj, module.feed_forward.down_proj):
                 nn.init.normal_(proj.weight, std=0.02 / (2 * self.config.num_layers) ** 0.5)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: ModelCache | None = None, reduction: str = "mean"
     ) -> Tensor:
-        """Logits, or the loss where targets are given.
+        """Return the logits, or the loss if targets are given.
 
         Args:
-            tokens: (B, T) ids; with a cache, those that follow what it holds, all of one document
+            tokens: (B, T) ids; with a cache, they follow the tokens that it holds, and belong to the same document
             targets: (B, T) ids to predict, -100 where there is nothing to predict
-            cache: what `new_cache` made; the tokens are appended to it
-            reduction: of the loss: "mean" over predicted tokens, or "none"; unused without targets
+            cache: a cache from `new_cache`; the tokens are appended to it
+            reduction: of the loss: "mean" over predicted tokens, or "none"
 
         Returns:
             logits (B, T, vocab_size); or the loss in nats, fp32: a scalar, or (B, T) with 0 where the target is -100
 
         Raises:
-            ValueError: more tokens than `seq_len`, or than the cache has room for.
+            ValueError: there are more tokens than `seq_len`, or than the cache has room for.
         """
         x = self.hidden_states(tokens, cache)
         if targets is None:
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         return linear_cross_entropy(x, self.head.weight, targets, reduction)
 
     def hidden_states(self, tokens: Tensor, cache: ModelCache | None = None) -> Tensor:
-        """What the head reads, (B, T, d_model); arguments and errors as of `forward`."""
+        """The hidden states that the head projects to logits, (B, T, d_model); arguments and errors as in `forward`."""
         x = self.embedding(tokens)
         documents = None
         if self.config.document_token is not None and cache is None:
@@ -83,11 +83,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def prepare_decoding(self, dtype: torch.dtype, compiled: bool = False) -> "Transformer":
-        """Keep the weights of matrix products as decoding reads them; for inference only. Returns this same model.
+        """Convert the weights of matrix products for decoding, in place, and return the model; for inference only.
 
-        They are in `dtype` from here on, as autocast would make them anew at every step. On a CPU in fp32 a library's
-        product of one token reads a weight with more rows than columns faster along its columns; a compiled step
-        (see `Linear`) does not. In both cases a head that was the embedding too is a matrix of its own afterwards.
+        The weights are cast to `dtype` once, as autocast would cast them at every step. On a CPU in fp32, a weight with
+        more rows than columns is also stored by columns, from which a library computes one token's product faster; a
+        compiled step (see `Linear`) does not. A head that was tied to the embedding becomes a matrix of its own.
         """
         for module in self.modules():
             if isinstance(module, Linear):
@@ -101,9 +101,9 @@ class Transformer(nn.Module):
         return self
 
     def new_cache(self, batch_size: int, max_len: int | None = None, dtype: torch.dtype | None = None) -> ModelCache:
-        """An empty cache for `max_len` tokens, or one that grows up to seq_len, on the weights' device.
+        """An empty cache with room for `max_len` tokens, on the weights' device; if None, one that grows up to seq_len.
 
         Args:
-            dtype: the weights' unless given; int8 keeps a scale beside the values, see `LayerCache`
+            dtype: by default that of the weights; int8 stores scales beside the values, see `LayerCache`
         """
         return ModelCache([block.attention.new_cache(batch_size, max_len, dtype) for block in self.blocks])

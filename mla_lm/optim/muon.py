@@ -1,4 +1,4 @@
-"""Muon (https://kellerjordan.github.io/posts/muon, arXiv 2502.16982), with AdamW for what it does not update."""
+"""Muon (https://kellerjordan.github.io/posts/muon, arXiv 2502.16982) for matrices, with AdamW for the rest."""
 
 from collections import defaultdict
 
@@ -6,34 +6,35 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-# a, b, c of the steps x <- a x + b (x x^T) x + c (x x^T)^2 x, which bring singular values between 1e-3 and 1 nearest
-# to 1, each after those before it (Polar Express, arXiv 2505.16932, algorithm 1, where there are more of them). Three
-# leave those of a random matrix between 0.2 and 1.9, for three fifths of the work of five.
+# Coefficients a, b, c of the steps x <- a x + b (x x^T) x + c (x x^T)^2 x. Each step is the best one after those before
+# it: it brings singular values that began between 1e-3 and 1 nearest to 1 (Polar Express, arXiv 2505.16932, algorithm
+# 1, which has more steps). Three steps leave the singular values of a random matrix between 0.2 and 1.9, for three
+# fifths of the work of five.
 POLAR_STEPS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
     (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
 )
-SAFETY = 1.01  # bf16 rounds singular values to above 1, from where the steps lead away
-UPDATE_RMS = 0.2  # about that of AdamW's updates, so that both take one learning rate (arXiv 2502.16982, section 2.2)
+SAFETY = 1.01  # rounding to bf16 can lift singular values above 1, from where the steps diverge
+UPDATE_RMS = 0.2  # about AdamW's, so that one learning rate serves both (arXiv 2502.16982, section 2.2)
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """One optimiser that updates the groups with `muon` set by Muon, and the others by AdamW.
+    """Updates the parameter groups that have `muon` set with Muon, and the others with AdamW.
 
     Muon (https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-    semi-orthogonal one. Matrices of one shape, or of its transpose, are orthogonalized together.
+    semi-orthogonal matrix. Matrices of equal shape, or of the transposed shape, are orthogonalized together.
 
-    With DDP every device holds all gradients and makes the same whole update. Sharded parameters (FSDP, tensor
-    parallel) are not for it: a piece of a matrix has other singular values than the matrix.
+    With DDP, every device holds all gradients and computes the same full update. Sharded parameters (FSDP, tensor
+    parallel) are not supported: a shard of a matrix has other singular values than the matrix.
 
     Args:
         groups: parameter groups with `weight_decay`
-        lr: of both; see UPDATE_RMS
+        lr: learning rate of both; see UPDATE_RMS
         betas: AdamW's
         momentum: Muon's
-        fused: as of torch.optim.AdamW
-        dtype: that Muon orthogonalizes in
+        fused: as in torch.optim.AdamW
+        dtype: precision in which Muon orthogonalizes
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class MuonAdamW(torch.optim.Optimizer):
             momenta = [self.state[p]["momentum"] for p in same]
             grads = [p.grad for p in same]
             torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov momentum
             updates = orthogonalize(torch.stack([_wide(matrix) for matrix in ahead]).to(self.dtype)).float().unbind()
             updates = [u if u.shape == p.shape else u.mT for u, p in zip(updates, same, strict=True)]
             torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
@@ -101,7 +102,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices, about: singular values near 1, singular vectors kept.
+    """Approximate the nearest semi-orthogonal matrices: singular values near 1, singular vectors kept.
 
     Args:
         matrices: (N, m, n), m <= n

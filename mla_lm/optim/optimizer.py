@@ -16,13 +16,13 @@ class OptimizerConfig:
 
     kind: str = "adamw"  # adamw | muon
     lr: float = 1.5e-3  # the peak that the schedule scales
-    weight_decay: float = 0.1  # of matrices only
+    weight_decay: float = 0.1  # on matrices only
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW's
     momentum: float = 0.95  # Muon's
-    gradient_clip: float = 1.0  # largest norm of all gradients together; 0 for none
+    gradient_clip: float = 1.0  # largest norm of all gradients together; 0: no clipping
 
     def check(self) -> None:
-        """Raises UserError for values that cannot be."""
+        """Raise UserError for invalid values."""
         if self.kind not in ("adamw", "muon"):
             raise UserError(f"optimizer.kind={self.kind} is unknown: adamw or muon")
         if not 0 < self.lr < math.inf:
@@ -36,7 +36,7 @@ class OptimizerConfig:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices, which decay, and the rest (norms, biases), which do not."""
+    """Two parameter groups: matrices, with weight decay, and the rest (norms, biases), without."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -47,18 +47,18 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, fused: bool = True, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
-    """The optimiser of a `Transformer`.
+    """Build the optimiser of a `Transformer`.
 
     Args:
-        fused: AdamW in one kernel; otherwise in a few for all parameters together, where the device has such
-        dtype: that Muon orthogonalizes in; bf16 serves where the hardware is fast in it
+        fused: run AdamW as one kernel; otherwise as a few kernels over all parameters, where the device has them
+        dtype: precision in which Muon orthogonalizes; bf16 is enough where the hardware is fast in it
     """
     groups = parameter_groups(model, config.weight_decay)
-    fused = fused or None  # False would be a loop over the parameters on every device
+    fused = fused or None  # False would loop over the parameters on every device
     if config.kind == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=fused)
     else:
-        tables = {id(model.embedding.weight), id(model.head.weight)}  # their rows are no directions that mix
+        tables = {id(model.embedding.weight), id(model.head.weight)}  # Muon must not mix their rows, which are tokens
         matrices, rest = groups
         blocks = {**matrices, "params": [p for p in matrices["params"] if id(p) not in tables], "muon": True}
         matrices["params"] = [p for p in matrices["params"] if id(p) in tables]
@@ -69,8 +69,9 @@ def build_optimizer(
 
 
 def _keep_fused(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load state to where the optimiser's own kernel reads it: PyTorch goes by `fused` of the groups that are loaded.
+    """Make a loaded state keep this optimiser's `fused`, not that of the run that saved it.
 
-    These may be of a run in another precision, or of one from before Muon's groups had it.
+    PyTorch places loaded state on the device that `fused` of the loaded groups needs. Those groups may come from a run
+    in another precision, or from one before Muon's groups had the key.
     """
     state["param_groups"] = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]

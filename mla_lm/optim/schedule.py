@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step."""
+"""Learning-rate schedules, as pure functions of the step."""
 
 import math
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from mla_lm.errors import UserError
 
 @dataclass
 class ScheduleConfig:
-    """Warm-up, then cosine decay; or warm-up, a stable phase, then a linear decay (wsd, arXiv 2404.06395)."""
+    """Warm-up, then cosine decay; or warm-up, a stable phase, then linear decay (wsd, arXiv 2404.06395)."""
 
     kind: str = "cosine"  # cosine | wsd
     warmup_fraction: float = 0.05  # of the run's steps
-    decay_fraction: float = 0.3  # wsd: the last part of the run's steps
+    decay_fraction: float = 0.3  # wsd: of the run's steps, at its end
     final_lr_fraction: float = 0.1  # of the peak, reached at the last step
 
     def check(self) -> None:
-        """Raises UserError for values that cannot be."""
+        """Raise UserError for invalid values."""
         if self.kind not in ("cosine", "wsd"):
             raise UserError(f"schedule.kind={self.kind} is unknown: cosine or wsd")
         for name in ("warmup_fraction", "decay_fraction", "final_lr_fraction"):
@@ -27,7 +27,7 @@ class ScheduleConfig:
 
 
 def lr_factor(step: int, max_steps: int, config: ScheduleConfig) -> float:
-    """The factor of the peak learning rate for the step-th update, step = 0 .. max_steps - 1."""
+    """The factor on the peak learning rate at a step, 0 to max_steps - 1."""
     warmup = round(config.warmup_fraction * max_steps)
     if step < warmup:
         return (step + 1) / warmup
