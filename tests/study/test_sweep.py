@@ -88,7 +88,7 @@ def test_models_and_seeds(train, tmp_path):
     flag, module, *runs = command_after(result, "compare all")
     assert (flag, module) == ("-m", "scripts.compare")
     compared = succeeded(call_main(lambda: cli.run(compare.main), ["compare", *runs], tmp_path))
-    assert compared.stdout.count("| mla ") == 1
+    assert len(re.findall("  mla  ", compared.stdout)) == 1
 
 
 def test_learning_rate(train, tmp_path):
