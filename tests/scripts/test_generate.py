@@ -190,7 +190,8 @@ def test_on_a_terminal_both_grow_in_turns(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match="0"):
         cli.run(generate.main)
-    frames = re.findall(r"(\d+) tokens  \S+ \S+ of cache.*?(\d+) tokens  \S+ \S+ of cache", sys.stdout.getvalue())
+    plain = re.sub(r"\x1b\[[\d;]*m", "", sys.stdout.getvalue())
+    frames = re.findall(r"(\d+) tokens  \S+ \S+ of cache.*?(\d+) tokens  \S+ \S+ of cache", plain)
     drawn = [(int(left), int(right)) for left, right in frames]
     first, second = (1 + len(encode(mla_lm.load_run(folder / name)[1], "def f(")) for name in ("mla", "mha"))
     most, other_most = drawn[-1]
