@@ -230,7 +230,7 @@ def test_the_attention_needs_torch_alone():
     """`from mla_lm import MLA, MLAConfig` loads none of the training packages."""
     script = (
         "import sys; from mla_lm import MLA, MLAConfig; "
-        "print({'lightning', 'hydra', 'omegaconf', 'datasets', 'tokenizers', 'wandb'} & set(sys.modules))"
+        "print({'lightning', 'hydra', 'omegaconf', 'datasets', 'tokenizers', 'wandb', 'rich'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

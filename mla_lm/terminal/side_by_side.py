@@ -31,7 +31,7 @@ def growing_columns() -> Iterator[Callable[[list[Column]], None]]:
     from rich.live import Live
     from rich.segment import SegmentLines
 
-    console, last, drawn_at = Console(markup=False, highlight=False), [], -FRAME
+    console, last, drawn_at = Console(), [], -FRAME
 
     def draw(columns: list[Column]) -> None:
         nonlocal last, drawn_at
@@ -65,7 +65,7 @@ def side_by_side(columns: list[Column]) -> "RenderableType":
     table = Table(box=box.MINIMAL, show_edge=False, pad_edge=False, show_footer=True, expand=True)
     for column in columns:
         heading = Text(printable(column.heading), no_wrap=True, overflow="ellipsis")
-        table.add_column(heading, Columns(column.figures, padding=(0, 2)), ratio=1)
+        table.add_column(heading, Columns(map(Text, column.figures), padding=(0, 2)), ratio=1)
     table.add_row(*(Text(printable(column.text.expandtabs(4)), overflow="fold") for column in columns))
     return table
 

@@ -49,11 +49,14 @@ def _draw(cells: Sequence[Sequence[str]], left: int, width: int | None = None) -
 
     style = {"box": box.MARKDOWN} if width is None else {"box": None, "padding": (0, 2, 0, 0), "pad_edge": False}
     drawn = Table(**style)
-    for number, column in enumerate(zip(*cells, strict=True)):
-        longest_word = max((cell_len(word) for cell in column for word in cell.split()), default=0)
-        drawn.add_column(Text(column[0]), justify="left" if number < left else "right", min_width=longest_word)
+    columns = list(zip(*cells, strict=True))
+    needed = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in columns]
+    for number, column in enumerate(columns):
+        justify = "left" if number < left else "right"
+        drawn.add_column(Text(column[0]), justify=justify, min_width=needed[number], overflow="fold")
     for row in cells[1:]:
         drawn.add_row(*map(Text, row))
     console = Console()
-    text = "".join(part.text for part in console.render(drawn, console.options.update(width=width or UNLIMITED)))
-    return "\n".join(line.rstrip() for line in text.strip("\n").split("\n"))
+    width = UNLIMITED if width is None else max(width, sum(needed) + 2 * len(needed))
+    text = "".join(part.text for part in console.render(drawn, console.options.update(width=width)))
+    return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")

@@ -16,9 +16,9 @@ import mla_lm
 from mla_lm.data.tokenizer import decode, encode
 from mla_lm.runs.report import human_bytes
 from mla_lm.terminal import cli
-from mla_lm.terminal.side_by_side import column_width
 from scripts import generate
 from tests.conftest import KINDS, ROOT, SHORT, SIZES, Result, TrainCommand, call_main, refused, succeeded, summary_of
+from tests.terminal.screen import sides
 
 
 @pytest.fixture(scope="module")
@@ -138,17 +138,8 @@ def test_interactive(folder, terminal):
     assert re.findall(r"error: (the prompt \w+ \w+)", result.stderr) == ["the prompt has 161", "the prompt is empty"]
 
 
-SIDE = column_width(2, 400)  # cells of a column, enough for any line of these texts
-
-
-def sides(result: Result) -> list[list[str]]:
-    """The rows of both columns: heading, a rule, text, figures; without spaces at their ends."""
-    rows = result.stdout.rstrip("\n").split("\n")
-    return [[row[:SIDE].rstrip() for row in rows], [row[SIDE + len(" | ") :].rstrip() for row in rows]]
-
-
 def versus(monkeypatch, folder: Path, *arguments: str) -> Result:
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "400")  # enough for any line of these texts
     return succeeded(call(folder, *arguments))
 
 
@@ -156,11 +147,11 @@ def versus(monkeypatch, folder: Path, *arguments: str) -> Result:
 def test_versus_is_what_each_run_gives_alone(folder, monkeypatch, options):
     arguments = ("--prompt", "def f(", "--max-tokens", "20", *options)
     result = versus(monkeypatch, folder, "mla", "--versus", "mha", *arguments)
-    for name, rows in zip(("mla", "mha"), sides(result), strict=True):
+    for name, rows in zip(("mla", "mha"), sides(result.stdout.split("\n")), strict=True):
         assert rows[0] == f"{name} ({name})"
         alone = succeeded(call(folder, name, *arguments))
         text = [row.expandtabs(4).rstrip() for row in alone.stdout.removesuffix("\n\n").split("\n")]
-        assert rows[2:-1] == text + [""] * (len(rows) - 3 - len(text))
+        assert rows[2:-2] == text + [""] * (len(rows) - 4 - len(text))
         stored, cache = re.search(r"KV cache of (\d+) tokens: (.*)", alone.stderr).groups()
         per_token = int(summary_of(folder / name)["kv_cache_bytes_per_token"])
         assert rows[-1].startswith(f"{stored} tokens  {cache} of cache  ({per_token:,} B/token)  ")
@@ -179,7 +170,8 @@ def test_what_versus_ends_with(folder, monkeypatch):
 def test_a_run_versus_itself(folder, monkeypatch, temperature):
     prompts = ("--prompt", "def f(", "--prompt", "import ")
     result = versus(monkeypatch, folder, "mla", "--versus", "mla", *prompts, "--temperature", temperature)
-    left, right = ([row for row in rows if not row.endswith("tokens/s")] for rows in sides(result))
+    both = sides(result.stdout.split("\n"))
+    left, right = ([row for row in rows if not row.endswith("tokens/s")] for rows in both)
     assert left == right
     assert sum(row.startswith(("def f(", "import")) for row in left) == 2
     assert result.stderr.count(", 1.000 of the other's") == 4
@@ -194,16 +186,18 @@ def test_on_a_terminal_both_grow_in_turns(folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generate", "mla", "--versus", "mha", "--prompt", "def f(", "--temperature", "0"])
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match="0"):
         cli.run(generate.main)
-    frames = re.split(r"\x1b\[\d+A", sys.stdout.getvalue())
-    counts = [[int(count) for count in re.findall(r"(\d+) tokens  \S+ \S+ of cache", frame)] for frame in frames]
-    for name, tokens in zip(("mla", "mha"), zip(*counts, strict=True), strict=True):
-        prompt = 1 + len(encode(mla_lm.load_run(folder / name)[1], "def f("))
-        grown = [min(prompt + rounds, max(tokens)) for rounds in range(1, len(frames))]
-        assert list(tokens) == [*grown, max(tokens)]  # what is final is drawn once more
-    assert len(frames) > 10
+    plain = re.sub(r"\x1b\[[\d;]*m", "", sys.stdout.getvalue())
+    frames = re.findall(r"(\d+) tokens  \S+ \S+ of cache.*?(\d+) tokens  \S+ \S+ of cache", plain)
+    drawn = [(int(left), int(right)) for left, right in frames]
+    first, second = (1 + len(encode(mla_lm.load_run(folder / name)[1], "def f(")) for name in ("mla", "mha"))
+    most, other_most = drawn[-1]
+    in_turns = [(min(first + n, most), min(second + n, other_most)) for n in range(1, 30)]
+    assert drawn[0] == in_turns[0]
+    assert [in_turns.index(pair) for pair in drawn] == sorted(in_turns.index(pair) for pair in drawn)
 
 
 def test_versus_interactive(folder, terminal, monkeypatch):

@@ -113,7 +113,7 @@ def test_what_is_printed():
     assert lines[1] == f"parameters  {size.parameters:,}, without the embedding {size.non_embedding_parameters:,}"
     assert f"{size.flops_per_token / 1e6:,.1f}M per token" in lines[2]
     assert "32,768 tokens a step in 4 micro-batches, 64 x 128 tokens at once" in lines[4]
-    rows = {line[:24].strip(): re.findall(r"[\d,.]+ [KMGT]?i?B", line[24:]) for line in lines}
+    rows = {re.split("  +", line)[0]: re.findall(r"[\d,.]+ [KMGT]?i?B", line) for line in lines}
     assert rows["gradients"] == 2 * [human_bytes(4 * size.parameters)]
     assert rows["activations"] == [human_bytes(memory.activations), human_bytes(memory.checkpointed_activations)]
     assert rows["most at once"] == [human_bytes(memory.peak(checkpointing, 4)) for checkpointing in (False, True)]

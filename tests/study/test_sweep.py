@@ -69,6 +69,14 @@ def test_models_and_seeds(train, tmp_path):
     table = table_of(result)
     summaries = {name: summary_of(tmp_path / "sweep" / name) for name in names_in(tmp_path / "sweep")}
     assert len(table) == len(summaries) == 8
+    jobs = [line.split()[:4] for line in result.stdout.splitlines() if line.startswith("job ")]
+    assert jobs[:3] == [
+        ["job", "0:", "model=mla_tiny", "seed=1"],
+        ["job", "1:", "model=mla_tiny", "seed=2"],
+        ["job", "2:", "model=mha_tiny", "seed=1"],
+    ]
+    assert len(jobs) == 8
+    assert "weight_decay" not in result.stdout  # of the whole configuration, which a single run prints
     assert [row["run"] for row in table] == sorted(summaries, key=lambda name: summaries[name]["val_loss"])
     for row in table:
         summary = summaries[row["run"]]
@@ -80,7 +88,7 @@ def test_models_and_seeds(train, tmp_path):
 
     program, *overrides = command_after(result, "best")
     assert program == "train.py"
-    succeeded(train.bare(*overrides, "hydra.run.dir=alone"))
+    assert "weight_decay" in succeeded(train.bare(*overrides, "hydra.run.dir=alone")).stdout
     best, alone = summaries[table[0]["run"]], summary_of(tmp_path / "alone")
     for key in ("val_loss", "test_loss", "config_hash", "data_fingerprint"):
         assert best[key] == alone[key]
@@ -88,7 +96,7 @@ def test_models_and_seeds(train, tmp_path):
     flag, module, *runs = command_after(result, "compare all")
     assert (flag, module) == ("-m", "scripts.compare")
     compared = succeeded(call_main(lambda: cli.run(compare.main), ["compare", *runs], tmp_path))
-    assert compared.stdout.count("| mla ") == 1
+    assert len(re.findall("  mla  ", compared.stdout)) == 1
 
 
 def test_learning_rate(train, tmp_path):

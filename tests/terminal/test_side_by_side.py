@@ -1,128 +1,99 @@
-"""Columns: every row fits, nothing but spaces is lost, and what is drawn last is what stands there."""
+"""Texts that grow side by side: in place on a terminal, once elsewhere, and all of them in the end."""
 
 import io
-import re
 import sys
-import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
-from mla_lm.terminal.plain_text import printable
-from mla_lm.terminal.side_by_side import Column, Screen, cells_of, fold, pack, side_by_side
+from mla_lm.terminal.side_by_side import Column, growing_columns
+from tests.terminal.screen import on_terminal, sides
 
 CODE = "def f(value):\n    return [item for item in value.items() if item]\n"
+FIGURES = ["12 tokens", "1.0 KiB of cache", "5 tokens/s"]
 
 
-BIDIRECTIONAL = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+def printed(columns: list[Column], width: int) -> list[str]:
+    """Rows that go into a file."""
+    file = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", file)
+        patch.setenv("COLUMNS", str(width))
+        with growing_columns() as draw:
+            draw([column._replace(text="") for column in columns])
+            draw(columns)
+    return file.getvalue().split("\n")
 
 
-def without_spaces(text: str) -> str:
-    return "".join(text.split())
+def test_a_file_gets_the_last_columns_once():
+    rows = printed([Column("mla", CODE, FIGURES), Column("mha", "x", FIGURES[:1])], 80)
+    assert rows.pop() == ""
+    left, right = sides(rows)
+    assert left[:3] == ["mla", "-", "def f(value):"]
+    assert left[3:6] == ["    return [item for item in", "value.items() if item]", ""]
+    assert left[6:] == ["-", "12 tokens  1.0 KiB of cache  5 tokens/s"]
+    assert right == ["mha", "-", "x", "", "", "", "-", "12 tokens"]
 
 
 @given(
-    st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" \n\t日é👩"), max_size=200),
-    st.integers(2, 30),
+    st.text(st.characters(exclude_categories=("C", "Z"), include_characters=" \n\t日é"), min_size=1, max_size=200),
+    st.integers(48, 120),
 )
-def test_fold(text, width):
-    rows = fold(text, width)
-    assert all(cells_of(row) <= width for row in rows)
-    assert without_spaces("".join(rows)) == without_spaces(text)
+def test_no_row_is_too_wide_and_nothing_but_spaces_is_lost(text, width):
+    rows = printed([Column("mla", text, []), Column("mha", "", [])], width)
+    assert all(cell_len(row) <= width for row in rows)
+    left, _ = sides(rows)
+    assert "".join("".join(left[2:-2]).split()) == "".join(text.split())
 
 
-def test_fold_cuts_at_spaces_and_keeps_lines_and_indentation():
-    assert fold(CODE, 24) == ["def f(value):", "    return [item for", "item in value.items() if", "item]", ""]
-    assert fold("a verylongword", 6) == ["a", "verylo", "ngword"]
-    assert fold("日本語の文", 5) == ["日本", "語の", "文"]
-    assert fold("\tx", 10) == ["    x"]
+def test_too_narrow_for_two_they_come_one_after_another():
+    rows = printed([Column("mla", CODE, FIGURES), Column("mha", CODE, FIGURES)], 40)
+    assert not any("│" in row for row in rows)
+    first, second = (rows.index(name.ljust(40)) for name in ("mla", "mha"))
+    assert [row.rstrip() for row in rows[first:second]][2:5] == [
+        "def f(value):",
+        "    return [item for item in",
+        "value.items() if item]",
+    ]
 
 
-def test_nothing_controls_the_terminal():
-    (row,) = fold("a\x1b[2Jb\rc\x07\u202e\N{NO-BREAK SPACE}d", 40)
-    assert row == r"a\x1b[2Jb\rc\x07\u202e" + "\N{NO-BREAK SPACE}d"
+def test_nothing_in_the_text_controls_the_terminal_or_is_markup():
+    (shown, _) = sides(
+        printed([Column("[red]x[/red]", "a\x1b[2Jb\rc\x07\u202e [bold]d\n\te", []), Column("", "", [])], 80)
+    )
+    assert shown[0] == "[red]x[/red]"
+    assert shown[2:4] == [r"a\x1b[2Jb\rc\x07\u202e [bold]d", "    e"]
 
 
-@given(st.text(st.characters()))
-def test_printable_changes_control_characters_only(text):
-    shown = printable(text)
-    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c != "\n"]
-    assert not [c for c in shown if unicodedata.bidirectional(c) in BIDIRECTIONAL]
-    shown.encode()  # it can be written anywhere
-    if all(unicodedata.category(c)[0] != "C" and c not in "\u2028\u2029" for c in text):
-        assert shown == text
+def test_a_terminal_shows_the_last_rows_and_in_the_end_all():
+    def program():
+        with growing_columns() as draw:
+            for length in range(1, 600, 20):
+                draw([Column("mla", (CODE * 9)[:length], FIGURES), Column("mha", "word " * (length // 5), FIGURES)])
+            print("seen")  # above what is drawn
+        print("end")
+
+    seen = on_terminal(program, width=90, height=12)
+    assert seen.status == 0
+    assert [row for row in seen.rows if row in ("seen", "end")] == ["seen", "end"]
+    drawn = seen.rows[seen.rows.index("seen") + 1 : -1]
+    assert sum(row.startswith("mla") for row in drawn) == 1  # nothing of what was drawn before is left
+    left, right = sides(drawn)
+    assert left[-1] == right[-1] == "  ".join(FIGURES)
+    for side, text in ((left, (CODE * 9)[:581]), (right, "word " * 116)):
+        assert "".join("".join(side[2:-2]).split()) == "".join(text.split())
 
 
-def test_cells():
-    assert cells_of("abc") == 3
-    assert cells_of("日本") == 4
-    assert cells_of("e\N{COMBINING ACUTE ACCENT}") == 1
+def test_an_interruption_leaves_what_there_is_on_the_terminal():
+    def program():
+        with growing_columns() as draw:
+            draw([Column("mla", "first", []), Column("mha", "second", [])])
+            draw([Column("mla", "first word", []), Column("mha", "second word", [])])
+            raise SystemExit(3)
 
-
-def test_pack():
-    assert pack(["12 tokens", "1.0 KiB", "5 tokens/s"], 18) == ["12 tokens  1.0 KiB", "5 tokens/s"]
-
-
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_side_by_side(width):
-    columns = [Column("mla", CODE * 9, ["1 token"]), Column("mha", "日本語" * 40, ["2 tokens"])]
-    rows = side_by_side(columns, width)
-    assert all(cells_of(row) < width for row in rows)
-    assert len({cells_of(row.rpartition(" | ")[0]) for row in rows if " | " in row}) == 1
-    tail = side_by_side(columns, width, 20)
-    assert len(tail) == 20
-    assert (tail[:2], tail[2:]) == (rows[:2], rows[-18:])
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-    def screen(self, height: int) -> list[str]:
-        """The rows that stand there; all that may come are rows, the cursor going up, and the rest being erased."""
-        rows, at = [], 0
-        for event in re.finditer(
-            r"\x1b\[(?P<up>\d+)A|(?P<row>[^\x1b\n]*)\x1b\[K\n|(?P<rest>\x1b\[J)|.", self.getvalue()
-        ):
-            if event["up"]:
-                at -= int(event["up"])
-                assert at > len(rows) - height  # what has left the screen cannot be drawn again
-            elif event["rest"]:
-                del rows[at:]
-            else:
-                rows[at : at + 1] = [event["row"]]
-                at += 1
-        return rows
-
-
-def test_a_terminal_shows_what_was_drawn_last(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "12")
-    screen = Screen()
-    for length in (1, 200, 400, 30):  # the last is shorter than what it replaces
-        columns = [Column("mla", (CODE * 9)[:length], ["1 token"]), Column("mha", "word " * length, ["2 tokens"])]
-        screen.draw(columns)
-        assert sys.stdout.screen(12) == side_by_side(columns, 80, 11)
-    screen.finish(columns)
-    assert sys.stdout.screen(12) == side_by_side(columns, 80)
-
-
-@pytest.mark.parametrize("width", ["40", "80"])
-def test_elsewhere_only_the_end_is_shown(capsys, monkeypatch, width):
-    monkeypatch.setenv("COLUMNS", width)
-    columns = [Column("mla", CODE, ["1 token"]), Column("mha", CODE, ["2 tokens"])]
-    screen = Screen()
-    screen.draw(columns)
-    assert capsys.readouterr().out == ""
-    screen.finish(columns)
-    rows = capsys.readouterr().out.split("\n")
-    if width == "80":
-        assert rows == [*side_by_side(columns, 80), ""]
-    else:  # too narrow for two
-        rule = "-" * 39
-        assert rows == [
-            *("mla", rule, *fold(CODE, 39), "1 token", ""),
-            *("mha", rule, *fold(CODE, 39), "2 tokens", "", ""),
-        ]
+    seen = on_terminal(program)
+    assert seen.status == 3
+    left, right = sides(seen.rows)
+    assert (left[2], right[2]) == ("first word", "second word")
