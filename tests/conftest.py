@@ -63,9 +63,9 @@ def small(kind: str) -> tuple[str, ...]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as e2e what starts a training run or a program of scripts/; tests that start a process say so themselves."""
+    """Mark as e2e what starts a training run, a tool or the Hub's server; tests of other processes say so themselves."""
     for item in items:
-        if item.path.parent.name in ("e2e", "scripts") or "on_corpus" in item.fixturenames:
+        if item.path.parent.name in ("e2e", "scripts") or {"on_corpus", "hub"} & set(item.fixturenames):
             item.add_marker(pytest.mark.e2e)
 
 
