@@ -18,6 +18,7 @@ from filelock import FileLock
 from hypothesis import settings
 
 import train as train_script
+from mla_lm.attention import KINDS
 from mla_lm.config import TrainConfig
 from mla_lm.terminal import cli
 
@@ -27,19 +28,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 # Small enough to train in a second; fp32 on the CPU is what runs are bit-equal in.
-KINDS = {
-    "mla": (
-        "model=mla_tiny",
-        "model.attention.kv_compressed_dim=16",
-        "model.attention.rope_dim=4",
-        "model.attention.nope_dim=12",
-        "model.attention.value_dim=16",
-    ),
-    "mha": ("model=mha_tiny",),
-    "gqa": ("model=gqa_tiny",),
-    "mqa": ("model=mqa_tiny",),
-}
 SIZES = ("model.num_layers=2", "model.d_model=64", "model.seq_len=32", "model.ff_hidden=96")
+SMALL_MLA = (
+    "model=mla_tiny",
+    "model.attention.kv_compressed_dim=16",
+    "model.attention.rope_dim=4",
+    "model.attention.nope_dim=12",
+    "model.attention.value_dim=16",
+    *SIZES,
+)
 SHORT = (
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
@@ -52,7 +49,7 @@ SHORT = (
     "logger=none",
     "compile=false",
 )
-SMALL = (*KINDS["mla"], *SIZES, *SHORT)
+SMALL = (*SMALL_MLA, *SHORT)
 # Every step accumulates four micro-batches of two windows, and dropout draws random numbers.
 ACCUMULATING = ("micro_batch_tokens=64", "model.dropout=0.1", "trainer.max_steps=16")
 
@@ -60,10 +57,15 @@ settings.register_profile("tests", deadline=None, print_blob=True)  # a busy mac
 settings.load_profile("tests")
 
 
+def small(kind: str) -> tuple[str, ...]:
+    """Overrides for a small run of a kind of attention."""
+    return SMALL if kind == "mla" else (f"model={kind}_tiny", *SIZES, *SHORT)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as e2e what starts a training run or a program of scripts/; tests that start a process say so themselves."""
+    """Mark as e2e what starts a training run, a tool or a Hub; tests of other processes say so themselves."""
     for item in items:
-        if item.path.parent.name in ("e2e", "scripts") or "on_corpus" in item.fixturenames:
+        if item.path.parent.name in ("e2e", "scripts") or {"on_corpus", "hub"} & set(item.fixturenames):
             item.add_marker(pytest.mark.e2e)
 
 
@@ -127,8 +129,8 @@ def runs(session, on_corpus) -> Path:
     with FileLock(session / "runs.lock"):
         if not folder.exists():
             folder.mkdir()
-            for kind, attention in KINDS.items():
-                command = (*attention, *SIZES, *SHORT, *on_corpus, f"hydra.run.dir={kind}")
+            for kind in KINDS:
+                command = (*small(kind), *on_corpus, f"hydra.run.dir={kind}")
                 result = succeeded(TrainCommand(folder, on_corpus).bare(*command))
                 (folder / f"{kind}.out").write_text(result.stdout)
     return folder

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import ROOT, SMALL, rows_of, summary_of
 
 pytestmark = [
+    pytest.mark.e2e,
     pytest.mark.gpu,
     pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a CUDA device"),
 ]

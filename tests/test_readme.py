@@ -226,6 +226,7 @@ def test_python_of_the_architecture():
 
 
 @pytest.mark.e2e
+@pytest.mark.e2e
 def test_the_attention_needs_torch_alone():
     """`from mla_lm import MLA, MLAConfig` loads none of the training packages."""
     script = (

@@ -2,12 +2,14 @@
 
 import ctypes
 import functools
+import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -19,6 +21,7 @@ from mla_lm.attention import cpu_kernel
 from mla_lm.attention.sdpa import causal_attention
 from mla_lm.errors import UserError
 from mla_lm.hardware import cpp_compiler
+from tests.test_files import ANOTHER_USER, mode, needs_root
 
 needs_compiler = pytest.mark.skipif(shutil.which(cpp_compiler()) is None, reason="no C++ compiler")
 
@@ -153,3 +156,51 @@ def test_scores_far_apart(without, dtype, at):
 def test_the_kept_kernel_is_of_this_kind_of_cpu():
     """Or a machine that shares the folder would run instructions that it does not have."""
     assert {"sse2", "fpu"} <= set(cpu_kernel._cpu_features().split())
+
+
+# where it is kept: nothing that is run is loaded from where others can put theirs
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """The folder that it is kept in, of a user with the worst of umasks."""
+    home, before = tmp_path_factory.mktemp("home"), os.umask(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(home / "torch"))
+        cpu_kernel._library()
+    os.umask(before)
+    return home / "torch"
+
+
+@pytest.fixture
+def kernel(kept, tmp_path, monkeypatch) -> Path:
+    """It as it is kept, a copy for each test."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    shutil.copytree(kept, tmp_path / "torch")
+    return next((tmp_path / "torch" / "mla_lm").iterdir())
+
+
+@needs_compiler
+def test_the_kernel_is_kept_privately(kernel):
+    cpu_kernel._library()
+    assert mode(kernel) == mode(kernel.parent) == 0o700
+    assert list(kernel.parent.iterdir()) == [kernel]
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["file", "folder", "folder above"])
+def test_a_kernel_that_others_can_write_is_not_loaded(kernel, what):
+    kernel.write_bytes(b"theirs")  # which would be an error of the loader
+    place = {"file": kernel, "folder": kernel.parent, "folder above": kernel.parent.parent}[what]
+    place.chmod(0o777)
+    with pytest.raises(UserError, match="can be written by others"):
+        cpu_kernel._library()
+
+
+@needs_compiler
+@needs_root
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_kernel_of_another_user_is_not_loaded(kernel, what):
+    os.chown(kernel if what == "file" else kernel.parent, ANOTHER_USER, -1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        cpu_kernel._library()

@@ -115,6 +115,7 @@ def test_known_formats_are_not(tmp_path, name):
     check_format(tmp_path / name)
 
 
+@pytest.mark.e2e
 def test_a_cache_folder_that_datasets_cannot_make_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     code = "from mla_lm.data.file_formats import import_datasets; import_datasets()"

@@ -139,6 +139,7 @@ def test_a_capped_dataset_is_streamed_once(folder):
 # tokens
 
 
+@pytest.mark.e2e
 def test_the_store_is_opened_again_without_datasets_or_network(folder):
     config = config_of(folder, tokenizer=TokenizerConfig(kind="bytes"))
     store = open_store(config)

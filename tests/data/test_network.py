@@ -50,6 +50,7 @@ def test_no_network_is_noticed_quickly(monkeypatch, silence, endpoint, offline, 
     assert time.monotonic() - start < seconds
 
 
+@pytest.mark.e2e
 def test_without_a_network_it_says_so_within_three_seconds(tmp_path, silence):
     code = """
         import time

@@ -118,6 +118,7 @@ def test_progress_is_shown_on_a_terminal_only(config, monkeypatch, capsys):
 # opened again
 
 
+@pytest.mark.e2e
 def test_a_second_start_reads_no_text_and_does_not_import_datasets(config):
     config.source, config.files = "python_stdlib", None
     config.tokenizer.kind = "bytes"
@@ -227,6 +228,7 @@ def test_what_a_killed_build_left_is_cleaned(config):
     }  # fmt: skip
 
 
+@pytest.mark.e2e
 def test_processes_that_start_together_build_once(config):
     code = """
         import sys

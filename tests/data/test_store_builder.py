@@ -114,6 +114,7 @@ KILLED = """
 """
 
 
+@pytest.mark.e2e
 def test_a_build_that_is_killed_anywhere_is_gone_on_with(tmp_path):
     (tmp_path / "killed").mkdir()
     build_store(tmp_path / "whole", source_of(ROWS), TokenizerConfig(kind="characters"))
@@ -247,6 +248,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, monkeypatch, 
 # memory
 
 
+@pytest.mark.e2e
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Three times as much text takes as much memory at its peak."""
     code = f"""

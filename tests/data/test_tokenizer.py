@@ -107,6 +107,7 @@ def test_training_on_the_same_text_gives_the_same_tokenizer(texts):
     assert tokenizer_hash(first) == tokenizer_hash(second)
 
 
+@pytest.mark.e2e
 def test_training_repeats_in_another_process_with_one_thread(tmp_path):
     (tmp_path / "corpus.json").write_text(json.dumps(CORPUS))
     code = (

@@ -104,15 +104,14 @@ def test_a_dollar_in_a_text(train, tmp_path):
     assert load_run(run)[2].data.prompts == ["${oc.env:HOME}"]
 
 
-def test_two_devices(train, tmp_path):
+def test_two_devices(train, runs, tmp_path):
     """The same global batch over two processes gives the losses of one but for rounding, and is resumed as one is."""
     run = tmp_path / "run2"
-    succeeded(train("micro_batch_tokens=64", "hydra.run.dir=run1"))
     two = (*SMALL, *train.data, "trainer.devices=2", "micro_batch_tokens=64", "hydra.run.dir=run2")
     succeeded(train.start(*two, prepare=as_script).wait())
-    a, b = ([row["train/loss"] for row in rows_of(tmp_path / f"run{n}") if "train/loss" in row] for n in (1, 2))
+    a, b = ([row["train/loss"] for row in rows_of(folder) if "train/loss" in row] for folder in (run, runs / "mla"))
     assert a == pytest.approx(b, abs=1e-4)
-    assert summary_of(run)["test_loss"] == pytest.approx(summary_of(tmp_path / "run1")["test_loss"], abs=1e-4)
+    assert summary_of(run)["test_loss"] == pytest.approx(summary_of(runs / "mla")["test_loss"], abs=1e-4)
     succeeded(train.start(f"ckpt_path={run}", "trainer.max_steps=8", prepare=as_script).wait())
     assert summary_of(run)["steps"] == 8
     succeeded(train.bare(f"ckpt_path={run}", "trainer.max_steps=9", "trainer.devices=1"))

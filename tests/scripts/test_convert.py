@@ -8,7 +8,7 @@ import torch
 from mla_lm import load_run
 from mla_lm.terminal import cli
 from scripts import convert, evaluate, generate
-from tests.conftest import KINDS, SHORT, SIZES, Result, TrainCommand, call_main, refused, succeeded, summary_of
+from tests.conftest import SHORT, Result, TrainCommand, call_main, refused, small, succeeded, summary_of
 
 REST = (*SHORT, "trainer.max_steps=20", "val_every_n_steps=20", "optimizer.lr=3e-3", "samples.max_tokens=0")
 
@@ -17,7 +17,7 @@ REST = (*SHORT, "trainer.max_steps=20", "val_every_n_steps=20", "optimizer.lr=3e
 def trained(tmp_path_factory, on_corpus) -> TrainCommand:
     """With an MHA run of 4 heads of 16, `mha`, that has learnt something to lose."""
     train = TrainCommand(tmp_path_factory.mktemp("convert"), on_corpus)
-    succeeded(train.bare(*KINDS["mha"], *SIZES, *REST, *train.data, "hydra.run.dir=mha"))
+    succeeded(train.bare(*small("mha"), *train.data, *REST, "hydra.run.dir=mha"))
     return train
 
 

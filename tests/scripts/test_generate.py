@@ -17,7 +17,7 @@ from mla_lm.data.tokenizer import decode, encode
 from mla_lm.runs.report import human_bytes
 from mla_lm.terminal import cli
 from scripts import generate
-from tests.conftest import KINDS, ROOT, SHORT, SIZES, Result, TrainCommand, call_main, refused, succeeded, summary_of
+from tests.conftest import ROOT, Result, TrainCommand, call_main, refused, small, succeeded, summary_of
 from tests.terminal.screen import sides
 
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory, on_corpus) -> Path:
     steps = ("trainer.max_steps=40", "val_every_n_steps=40", "checkpoint.every_n_steps=40", "optimizer.lr=0.01")
     train = TrainCommand(folder, on_corpus)
     succeeded(train(*steps, "hydra.run.dir=mla"))
-    mha = (*KINDS["mha"], *SIZES, *SHORT, *on_corpus, *steps, "hydra.run.dir=mha")
+    mha = (*small("mha"), *on_corpus, *steps, "hydra.run.dir=mha")
     succeeded(train.bare(*mha, "data.tokenizer.kind=bytes", "model.seq_len=16", "trainer.precision=bf16-mixed"))
     return folder
 

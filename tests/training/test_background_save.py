@@ -178,6 +178,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.e2e
 def test_killed_while_it_writes_the_file_is_the_one_before(tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "last.ckpt")], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL
