@@ -177,7 +177,7 @@ class _Layer:
         )  # fmt: skip
 
     def as_mla(self, pairs: list[tuple[int, int]], kv_compressed_dim: int) -> dict[str, Tensor]:
-        """The state of an `MLA` whose shared key holds these (frequency, component) pairs, and whose latent the rest."""
+        """The state of an `MLA` with these (frequency, component) pairs in its shared key, the rest in its latent."""
         (heads, D, _), kv_heads = self.q.shape, len(self.k)
         frequency, component = (torch.tensor(column) for column in zip(*pairs, strict=True))
         rotated = self.components[frequency, component]  # (P, d_model + 1)
