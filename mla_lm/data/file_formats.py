@@ -1,4 +1,4 @@
-"""Reads one file of a user's as documents: plain text in pieces; JSON and Parquet row by row through `datasets`."""
+"""Reads a user's file as documents: plain text in pieces, JSON and Parquet row by row through `datasets`."""
 
 import functools
 import glob
@@ -12,17 +12,18 @@ from types import ModuleType
 from mla_lm.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
-LINES = (".jsonl", ".ndjson")  # a row a line
+LINES = (".jsonl", ".ndjson")  # one row per line
 NOT_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".tar", ".tgz", ".zst", ".xz", ".bz2", ".pdf", ".docx", ".bin", ".npy")
 PIECE = 2**16  # characters of a plain text file read at once, up to the next line end
-ROWS = 1000  # of JSON and Parquet read at once
-# of packed JSON, of which `datasets` holds whole lines, and all of a file that has a bad one, or is an array
+ROWS = 1000  # rows of JSON and Parquet read at once
+# Limits on gzipped JSON, in bytes. `datasets` holds whole lines in memory, and the whole of a file that is an array or
+# has a bad line.
 MOST_PER_LINE = 2**28
-MOST_UNPACKED = 2**32  # or 100 times as much as it is packed, where that is more: text is 3 to 20 times as much
+MOST_UNPACKED = 2**32  # or 100 times the packed size, if that is more; text unpacks to 3 to 20 times its packed size
 
 
 def check_format(path: Path) -> None:
-    """Raise `UserError` when a file's name says that it cannot be read."""
+    """Raise UserError if the file's name tells that its format is not supported."""
     if _suffix(path) in NOT_TEXT or path.name.endswith(".parquet.gz"):
         raise UserError(
             f"{path} is of an unknown format: data.files takes plain text, .jsonl, .json (also .gz) and .parquet"
@@ -30,21 +31,21 @@ def check_format(path: Path) -> None:
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file is one document of plain text, not rows with columns."""
+    """Whether a file is a single document of plain text, as opposed to rows with columns."""
     return _suffix(path) not in BUILDERS
 
 
 def read_file(path: Path, column: str) -> Iterator[tuple[str, bool]]:
-    """Pieces of the documents in a file: (text, whether its document ends with it); texts are never empty.
+    """Yield the documents of a file in pieces: (text, whether the document ends with it). No text is empty.
 
     Raises:
-        UserError: not UTF-8, not valid JSON or Parquet, no such column, or a column that is not text.
+        UserError: the file is not UTF-8, or not valid JSON or Parquet, or the column is missing or is not text.
     """
     return read_plain(path) if is_plain(path) else ((text, True) for text in _read_rows(path, column))
 
 
 def read_plain(path: Path) -> Iterator[tuple[str, bool]]:
-    """Pieces of a plain text file, as `read_file`; line ends become \\n, a byte order mark is dropped."""
+    """Yield a plain text file in pieces, as `read_file` does; line ends become \\n, a byte order mark is dropped."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             piece = _next_piece(file)
@@ -66,19 +67,19 @@ def _next_piece(file) -> str:
 
 
 def _read_rows(path: Path, column: str) -> Iterator[str]:
-    """Texts of `column`, null and empty ones left out."""
+    """Yield the texts of `column`, without those that are null or empty."""
     return (text for text in column_values(_read_columns(path), column, str(path)) if text)
 
 
 def column_values(
     batches: Iterable[dict[str, list]], column: str, where: str, names: list[str] | None = None
 ) -> Iterator[str]:
-    """Values of a column that must be text, null as "".
+    """Yield the values of a column that must be text; null becomes "".
 
     Args:
-        batches: columns of `ROWS` rows at a time, the last of fewer
-        where: what the rows are of, for the message
-        names: of all columns, where the batches have not all
+        batches: columns of `ROWS` rows at a time; the last batch may have fewer
+        where: the file or dataset, for error messages
+        names: names of all columns, if the batches do not have all of them
 
     Raises:
         UserError: there is no such column, or it is not text.
@@ -97,7 +98,7 @@ def column_values(
 
 
 def _read_columns(path: Path) -> Iterator[dict[str, list]]:
-    """Columns of `ROWS` rows at a time, which is four times as fast as row by row."""
+    """Yield the columns of `ROWS` rows at a time, which is four times as fast as single rows."""
     datasets = import_datasets()
     from pyarrow import ArrowException
 
@@ -116,9 +117,9 @@ def _read_columns(path: Path) -> Iterator[dict[str, list]]:
         raise UserError(f"{path} is not valid {'JSON' if builder == 'json' else 'Parquet'}: {where}") from error
 
 
-@functools.cache  # once, however often it is read
+@functools.cache  # a file is checked once, however often it is read
 def _check_unpacked(path: Path) -> None:
-    """Raises UserError where a packed file is made to fill all memory. Plain text, read in pieces, fills none."""
+    """Raise UserError if a gzipped file of rows would fill memory. (Plain text is read in pieces and cannot.)"""
     unpacked = line = 0
     most_unpacked = max(MOST_UNPACKED, 100 * path.stat().st_size)
     most_per_line = MOST_PER_LINE if _suffix(path) in LINES else MOST_UNPACKED
@@ -135,14 +136,14 @@ def _check_unpacked(path: Path) -> None:
 
 
 def import_datasets() -> ModuleType:
-    """The `datasets` library, imported only where text is read: it takes a second.
+    """Import the `datasets` library. This takes a second, so it happens only where text is read.
 
     Raises:
-        UserError: its cache folder, which it insists on even where it stores nothing, cannot be made.
+        UserError: its cache folder cannot be made; it needs one even if it stores nothing.
     """
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised here in better words
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised here, in better words than it logs
     try:
         Path(datasets.config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -151,7 +152,7 @@ def import_datasets() -> ModuleType:
 
 
 def _first_bad_line(path: Path) -> str:
-    """Where a .jsonl file stops being one: the reader counts rows from the start of some block."""
+    """Name the first bad line of a .jsonl file; the reader's own message counts rows from the start of some block."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, start=1):
@@ -165,5 +166,5 @@ def _first_bad_line(path: Path) -> str:
 
 
 def _suffix(path: Path) -> str:
-    """The extension that names the format: .jsonl of a.jsonl.gz."""
+    """The extension that tells the format, in lower case: .jsonl for a.jsonl.gz."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()

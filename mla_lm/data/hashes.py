@@ -1,4 +1,4 @@
-"""Content hashes of files, remembered by size and modification time so that a large corpus is read once."""
+"""Content hashes of files, cached by size and modification time so that a large corpus is hashed only once."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from mla_lm.files import write_atomically
 
 
 def hash_text(*parts: str) -> str:
-    """Hex xxh3_128 of a list of strings."""
+    """Hex xxh3_128 of some strings; their boundaries count."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
@@ -22,7 +22,7 @@ def hash_file(path: Path) -> str:
 
 
 def digest_file(path: Path) -> xxhash.xxh3_128:
-    """The xxh3_128 of a file's bytes, read piecewise, which more can be added to."""
+    """The xxh3_128 of a file's bytes, read in pieces, as an object that can be updated with more."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while piece := file.read(2**20):
@@ -31,7 +31,7 @@ def digest_file(path: Path) -> xxhash.xxh3_128:
 
 
 def content_hashes(paths: list[Path], memory: Path) -> list[str]:
-    """`hash_file` of every path; `memory` is a JSON file that keeps the hashes of files that have not changed since.
+    """`hash_file` of every path; the JSON file `memory` keeps the hashes of files that have not changed since.
 
     Raises:
         UserError: a file cannot be read.
@@ -49,13 +49,13 @@ def content_hashes(paths: list[Path], memory: Path) -> list[str]:
         hashes.append(seen[2])
     if news:
         text = json.dumps(known | news)
-        with contextlib.suppress(UserError):  # not remembered: the next start is slower, nothing else
+        with contextlib.suppress(UserError):  # then the next start is slower, nothing else
             write_atomically(memory, lambda file: file.write(text.encode()))
     return hashes
 
 
 def remembered(memory: Path) -> dict[str, Any]:
-    """What a JSON file in the token cache keeps for the next start; nothing where it is none."""
+    """Read a JSON object that an earlier start left in the token cache; empty if there is none or it is damaged."""
     try:
         known = json.loads(memory.read_bytes())
     except (OSError, ValueError, RecursionError):

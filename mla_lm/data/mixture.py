@@ -1,4 +1,4 @@
-"""Several corpora in one: each gives its share of the training windows, and one tokenizer serves all."""
+"""Mixtures of corpora: each gives its share of the training windows, and all share one tokenizer."""
 
 import functools
 import itertools
@@ -17,11 +17,11 @@ from mla_lm.data.tokenizer import build_tokenizer, load_tokenizer
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
 
-MOST_PASSES = 20  # over a small part for the tokenizer, which learns little from more
+MOST_PASSES = 20  # over a small part, to train the tokenizer, which learns little from more
 
 
 def open_mixture(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
-    """The tokens of all parts that `config` names, each from a token store of its own; see `open_corpus_store`."""
+    """Open the token store of every part that `config` names, and mix them; see `open_corpus_store`."""
     configs = [_part(config, number) for number in range(len(config.parts))]
     if tokenizer is None:
         tokenizer = _tokenizer(config, configs)
@@ -33,7 +33,7 @@ def open_mixture(config: DataConfig, tokenizer: Tokenizer | None = None) -> Toke
 
 
 def mix(weights: list[float], stores: list[TokenStore]) -> TokenStore:
-    """One store of several, which have the same tokenizer."""
+    """Combine several stores with the same tokenizer into one."""
     return replace(
         stores[0],
         fingerprint=hash_text("mixture", *map(repr, weights), *(store.fingerprint for store in stores)),
@@ -47,13 +47,13 @@ def mix(weights: list[float], stores: list[TokenStore]) -> TokenStore:
 
 
 def _part(config: DataConfig, number: int) -> DataConfig:
-    """What a run on one part alone would be configured with."""
+    """The configuration of a run on one part alone."""
     part = config.parts[number]
     return replace(config, parts=[], **{key.name: getattr(part, key.name) for key in fields(CorpusConfig)})
 
 
 def _tokenizer(config: DataConfig, parts: list[DataConfig]) -> Tokenizer:
-    """The tokenizer of all parts: made once, then read from the cache."""
+    """The tokenizer for all parts, made once and then read from the cache."""
     how, weights = config.tokenizer, [part.weight for part in config.parts]
     if how.kind not in ("bpe", "characters"):
         return build_tokenizer(how, [])
@@ -67,7 +67,7 @@ def _tokenizer(config: DataConfig, parts: list[DataConfig]) -> Tokenizer:
     path = Path(config.cache_dir).expanduser() / f"{hash_text(VERSION, *made_of)}.tokenizer.json"
     if not path.is_file():
         with sole_writer(path):
-            if not path.is_file():  # still: nobody else made it while this process waited
+            if not path.is_file():  # check again: another process may have made it meanwhile
                 print(f"Making one tokenizer for {len(parts)} parts")
                 tokenizer = build_tokenizer(how, _texts(how.kind, sources, weights))
                 write_atomically(path, lambda file: file.write(tokenizer.to_str().encode()))
@@ -75,7 +75,7 @@ def _tokenizer(config: DataConfig, parts: list[DataConfig]) -> Tokenizer:
 
 
 def _texts(kind: str, sources: list[Source], weights: list[float]) -> Iterator[str]:
-    """What a tokenizer is made from: for characters every text that there is, for bpe the training text as weighted."""
+    """The texts to make a tokenizer from: all splits for characters, the weighted training splits for bpe."""
 
     def read(number: int, splits: tuple[str, ...]) -> Iterator[str]:
         with in_part(number):
@@ -87,10 +87,10 @@ def _texts(kind: str, sources: list[Source], weights: list[float]) -> Iterator[s
 
 
 def in_proportion(readers: list[Callable[[], Iterator[str]]], weights: list[float]) -> Iterator[str]:
-    """Texts of several parts, with characters in proportion to the weights at any point.
+    """Yield texts of several parts so that, at any point, their characters are in proportion to the weights.
 
-    Parts that are short for their weight are read again; it ends when every part was read to its end, or one of them
-    `MOST_PASSES` times.
+    Parts that are short for their weight are read again. It stops once every part has been read to its end, or one of
+    them `MOST_PASSES` times.
 
     Raises:
         UserError: a part has no text.

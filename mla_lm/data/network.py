@@ -1,6 +1,6 @@
-"""Whether the Hugging Face Hub can be reached, found out quickly, and working from its cache when it cannot.
+"""Finds out quickly whether the Hugging Face Hub can be reached, and works from its cache if not.
 
-Without a network its libraries retry for half a minute before they say so.
+Without a network, the Hub's libraries retry for half a minute before they fail.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from urllib.parse import urlsplit
 
 from mla_lm.errors import UserError
 
-PATIENCE = 2.0  # seconds to connect in: far more than a working network needs
+PATIENCE = 2.0  # seconds to wait for a connection, far more than a working network needs
 
 
 def reach_hub() -> Callable[[], bool]:
-    """Begin to connect; what is returned waits for the answer, `PATIENCE` from now at the latest."""
+    """Start to connect, and return a function that waits for the answer, for `PATIENCE` from now at most."""
     answer: queue.SimpleQueue[bool] = queue.SimpleQueue()
     deadline = time.monotonic() + PATIENCE
-    # a thread, since looking up a name knows no timeout
+    # in a thread, since a name lookup has no timeout
     threading.Thread(target=lambda: answer.put(_connects()), daemon=True).start()
 
     def reached() -> bool:
@@ -54,7 +54,7 @@ def _connects() -> bool:
 
 @contextlib.contextmanager
 def from_cache_only(only: bool) -> Iterator[None]:
-    """As with HF_HUB_OFFLINE=1, which the libraries read too early to be set now."""
+    """Work offline, if `only`, as with HF_HUB_OFFLINE=1, which the libraries have read already on import."""
     from huggingface_hub import constants
 
     settings = [constants, sys.modules["datasets.config"]] if "datasets.config" in sys.modules else [constants]
@@ -69,10 +69,10 @@ def from_cache_only(only: bool) -> Iterator[None]:
 
 
 def tokenizer_file(path: str) -> Path:
-    """The tokenizer.json of a folder, or of a model on the Hub: as cached, whatever came later, else downloaded.
+    """The tokenizer.json of a folder or of a model on the Hub; it is downloaded only if no version is cached.
 
     Raises:
-        UserError: there is none, or it is not cached and there is no network.
+        UserError: the model has none, or it is not cached and the Hub cannot be reached.
     """
     if (folder := Path(path).expanduser()).is_dir():
         return folder / "tokenizer.json"
@@ -90,7 +90,7 @@ def tokenizer_file(path: str) -> Path:
         return Path(hf_hub_download(path, "tokenizer.json"))
     except UserError:
         raise
-    except Exception as error:  # of several libraries
+    except Exception as error:  # from several libraries
         raise UserError(
             f"data.tokenizer.path={path} has no tokenizer.json that can be had ({f'{error}'.strip().splitlines()[0]}): "
             "give a model on the Hub such as openai-community/gpt2, or a folder with one"

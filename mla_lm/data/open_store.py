@@ -1,4 +1,4 @@
-"""The tokens that a run trains on."""
+"""Opens the tokens that a run trains on."""
 
 from tokenizers import Tokenizer
 
@@ -8,12 +8,12 @@ from mla_lm.data.store import TokenStore, open_corpus_store
 
 
 def open_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
-    """The tokens of the text that `config` names, of one corpus or a mixture: from the cache, or built now.
+    """Open the token store of the corpus or mixture that `config` names, from the cache; build it if needed.
 
     Args:
-        tokenizer: takes the place of the one `config.tokenizer` describes, for instance that of an earlier run
+        tokenizer: replaces the one that `config.tokenizer` describes, for instance by that of an earlier run
 
     Raises:
-        UserError: a mistake in the files, the tokenizer or the cache folder.
+        UserError: the files, the tokenizer or the cache folder cannot be used.
     """
     return open_mixture(config, tokenizer) if config.source == MIXTURE else open_corpus_store(config, tokenizer)

@@ -1,4 +1,4 @@
-"""The source code of Python's standard library: real text that every machine has."""
+"""The source code of Python's standard library as a corpus: real text that every machine has."""
 
 import os
 import sysconfig
@@ -14,10 +14,13 @@ LEFT_OUT = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-pa
 
 
 def python_stdlib(memory: Path, root: str | Path | None = None) -> Source:
-    """The *.py files under `root` (the running interpreter's standard library), tests and codec tables left out.
+    """The *.py files under `root`, by default this interpreter's standard library, without tests and codec tables.
 
-    A file is a document; the SHA-256 of its path relative to `root` puts it into a split, 90/5/5. Files that cannot be
-    decoded as they declare (PEP 263) are in `skipped()`; empty ones are left out.
+    Each file is a document. The SHA-256 of its path relative to `root` decides its split, 90/5/5. Files that cannot be
+    decoded in the encoding they declare (PEP 263) are listed by `skipped()`. Empty files are left out.
+
+    Raises:
+        UserError: there are no such files, or one cannot be read.
     """
     root = Path(root or sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(root).as_posix() for path in _python_files(root))
@@ -34,7 +37,7 @@ def python_stdlib(memory: Path, root: str | Path | None = None) -> Source:
 
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in LEFT_OUT]  # os.walk goes into the rest only
+        folders[:] = [name for name in folders if name not in LEFT_OUT]  # os.walk enters only the remaining ones
         yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
@@ -45,7 +48,7 @@ def _read_stdlib(root: str, names: list[str], split: str) -> Iterator[dict]:
 
 
 def _decode_python(path: Path) -> str | None:
-    """Text of a Python file in the encoding it declares; None when that fails."""
+    """The text of a Python file, decoded as the file declares; None if that fails."""
     try:
         with tokenize.open(path) as file:
             return file.read()

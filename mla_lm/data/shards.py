@@ -1,4 +1,4 @@
-"""Tokens on disk: the shards of a split, written one after another and read as one memory-mapped array."""
+"""Tokens on disk: the shards of a split are written one after another, and read as one memory-mapped array."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,15 @@ from mla_lm.files import open_own
 
 
 class Tokens:
-    """The tokens of one split: `len()`, and slices that are arrays of unsigned integers, across shards.
+    """The tokens of one split. It has a `len()`, and slices across shards that are arrays of unsigned integers.
 
-    Pickled by path, so that a worker process maps the files anew instead of being sent their contents.
+    It is pickled by path: a worker process maps the files anew instead of receiving their contents.
 
     Args:
-        vocab_size: that the ids are below, which is looked at as they are read: others may have written the files
+        vocab_size: ids must be below it; slices check this, since other users may have written the files
 
     Raises, from a slice:
-        UserError: an id is not.
+        UserError: an id is not below vocab_size.
     """
 
     def __init__(self, paths: list[Path], dtype: str, vocab_size: int):
@@ -55,8 +55,8 @@ class ShardWriter:
     """Appends tokens to files of `shard_tokens` each but the last.
 
     Args:
-        records: what meta.json says of the files there are, which is kept up to date: in whole files always, in the
-            last one when `sync` is called
+        records: the entries of meta.json for the files so far. The writer keeps them up to date: those of whole files
+            at once, that of the last file whenever `sync` is called.
     """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, records: list[dict]):
@@ -81,7 +81,7 @@ class ShardWriter:
                 self.sync()
 
     def sync(self) -> None:
-        """See that what was written is on the disk, and in the records."""
+        """Flush what was written to the disk, and bring the records up to date."""
         if self.records:
             last = self.records[-1]
             with open_own(self.folder / last["file"], "ab") as file:

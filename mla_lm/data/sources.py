@@ -1,4 +1,4 @@
-"""Where text comes from: one function for each `data.source`, which returns a corpus."""
+"""Where text comes from: a function for each `data.source` that returns the corpus."""
 
 from pathlib import Path
 
@@ -10,12 +10,11 @@ from mla_lm.data.text_files import character_file, text_files
 
 
 def open_source(config: DataConfig) -> Source:
-    """Find and hash the files of `config`; nothing is decoded yet.
+    """Find and hash the files that `config` names, without decoding them.
 
     Raises:
-        UserError: files that are missing, empty, or of an unknown format; a dataset that cannot be had. Text that
-            cannot be decoded, invalid JSON and missing columns are found, and raised as `UserError`, while the
-            documents are read.
+        UserError: files are missing, empty or of an unknown format, or a dataset is not available. Text that cannot be
+            decoded, invalid JSON and missing columns raise it only while the documents are read.
     """
     memory = Path(config.cache_dir).expanduser() / "hashes.json"
     if config.source == "python_stdlib":

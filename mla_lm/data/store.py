@@ -1,4 +1,4 @@
-"""The token store: a corpus is tokenized once, into memory-mapped shards that later starts open in an instant."""
+"""The token store: a corpus is tokenized once, into shards that later starts memory-map in an instant."""
 
 import contextlib
 import fcntl
@@ -24,46 +24,46 @@ from mla_lm.errors import UserError
 from mla_lm.files import read_text
 from mla_lm.terminal.plain_text import say
 
-VERSION = "1"  # raise it when the same corpus and tokenizer config come to give other tokens
-META_BYTES = 2**26  # of meta.json: 400,000 shards
+VERSION = "1"  # raise it when the code changes the tokens of the same corpus and tokenizer config
+META_BYTES = 2**26  # largest meta.json: 400,000 shards
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An open token store, or several that are mixed."""
+    """An open token store, or a mixture of several."""
 
-    tokenizer: Tokenizer  # the one its tokens were made with
-    end_of_text_id: int  # the token after every document
+    tokenizer: Tokenizer  # the tokenizer that made its tokens
+    end_of_text_id: int  # id of the token after every document
     fingerprint: str  # hex hash of the files' contents, the split rule and the tokenizer
-    description: str  # of the corpus, in words
+    description: str  # the corpus in words
     skipped: list[str]  # files that could not be decoded
-    counts: dict[str, int]  # tokens of each split (train, validation, test), end-of-text included
+    counts: dict[str, int]  # tokens of each split (train, validation, test), including end-of-text
     text_bytes: dict[str, int]  # UTF-8 bytes of each split's text
     shards: dict[str, list[Path]]
     dtype: str  # of the tokens in the shards
     mixed: tuple[tuple[float, "TokenStore"], ...] = ()
 
     def tokens(self, split: str) -> Tokens:
-        """All tokens of a split; those of a mixture's parts one after another."""
+        """All tokens of a split; in a mixture, those of its parts one after another."""
         return Tokens(self.shards[split], self.dtype, vocabulary_size(self.tokenizer))
 
     @property
     def parts(self) -> tuple[tuple[float, "TokenStore"], ...]:
-        """Weights and stores that training mixes: this one alone where it is no mixture."""
+        """The weights and stores that training mixes; this store alone if it is not a mixture."""
         return self.mixed or ((1.0, self),)
 
 
 def open_corpus_store(config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenStore:
-    """The tokens of the one corpus that `config` names: from the cache, or built now.
+    """Open the token store of the one corpus that `config` names, from the cache; build it if needed.
 
-    Several processes may ask at once: one builds, the others wait for it. A store that does not hold what was
-    written to it is built again; an interrupted build leaves none, but a draft that the next start goes on with.
+    If several processes call this at once, one builds and the others wait. A store that no longer holds what was
+    written to it is built again. An interrupted build leaves only a draft, from which the next start continues.
 
     Args:
-        tokenizer: takes the place of the one `config.tokenizer` describes, for instance that of an earlier run
+        tokenizer: replaces the one that `config.tokenizer` describes, for instance by that of an earlier run
 
     Raises:
-        UserError: a mistake in the files, the tokenizer or the cache folder.
+        UserError: the files, the tokenizer or the cache folder cannot be used.
     """
     source = open_source(config)
     if tokenizer is None and config.tokenizer.kind in ("file", "hub"):
@@ -71,7 +71,7 @@ def open_corpus_store(config: DataConfig, tokenizer: Tokenizer | None = None) ->
     folder = Path(config.cache_dir).expanduser() / _key(source, config.tokenizer, tokenizer)
     if _fault(folder, source, tokenizer):
         with sole_writer(folder):
-            if fault := _fault(folder, source, tokenizer):  # still: nobody else built it while this process waited
+            if fault := _fault(folder, source, tokenizer):  # check again: another process may have built it meanwhile
                 if folder.exists():
                     say(f"The token cache {folder} is built again: {fault}")
                 build_store(folder, source, config.tokenizer, tokenizer)
@@ -103,10 +103,10 @@ def _key(source: Source, config: TokenizerConfig, tokenizer: Tokenizer | None) -
 
 
 def _fault(folder: Path, source: Source, tokenizer: Tokenizer | None) -> str | None:
-    """What keeps a store from being used; None when it holds what was written to it.
+    """The reason why a store cannot be used; None if it holds what was written to it.
 
-    A shard with the recorded size and time of modification is trusted; with another time its contents decide. The
-    store may be another user's, in a folder that is shared: it is data, and nothing in it can do more than be wrong.
+    A shard with the recorded size and modification time is trusted. If only the time differs, its hash decides. The
+    store may be another user's, in a shared folder. It is only data: at worst it is wrong.
     """
     try:
         meta = json.loads(read_text(folder / "meta.json", META_BYTES))
@@ -127,7 +127,7 @@ def _fault(folder: Path, source: Source, tokenizer: Tokenizer | None) -> str | N
                 continue
             if hash_file(path) != shard["xxh3"]:
                 return f"{path.name} has changed"
-            with contextlib.suppress(OSError):  # copied, not changed: if it can be, spare the next start this hash
+            with contextlib.suppress(OSError):  # copied, not changed: spare the next start the hash, if possible
                 os.utime(path, ns=(shard["mtime_ns"], shard["mtime_ns"]))
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         return f"it is damaged ({error})"
@@ -135,7 +135,7 @@ def _fault(folder: Path, source: Source, tokenizer: Tokenizer | None) -> str | N
 
 
 def _contradiction(meta: dict[str, Any], vocab_size: int) -> str | None:
-    """What in meta.json, that others may have written, no build writes."""
+    """Describe what in meta.json no build writes, since others may have written it; None if nothing."""
     if meta["dtype"] not in ("uint16", "uint32"):
         return f"tokens of {meta['dtype']}"
     if not (isinstance(meta["end_of_text_id"], int) and 0 <= meta["end_of_text_id"] < vocab_size):
@@ -158,7 +158,7 @@ def _contradiction(meta: dict[str, Any], vocab_size: int) -> str | None:
 
 @contextlib.contextmanager
 def sole_writer(path: Path) -> Iterator[None]:
-    """Held by the one process that may write `path`, which lies in the cache folder; others wait for it.
+    """Hold the lock of the one process that may write `path`, in the cache folder; other processes wait for it.
 
     Raises:
         UserError: the folder cannot be written.
@@ -166,7 +166,7 @@ def sole_writer(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         name = path.with_name(path.name + ".lock")
-        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # nothing is written to it, nor cut
+        lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # neither written nor truncated
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -175,6 +175,6 @@ def sole_writer(path: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(lock)  # which ends it
+            os.close(lock)  # which releases the lock
     except OSError as error:
         raise UserError(f"data.cache_dir={path.parent} cannot be written: {error}") from error

@@ -1,4 +1,4 @@
-"""Builds a token store: reads a corpus, tokenizes it, and goes on where an interrupted build stopped."""
+"""Builds a token store: reads a corpus, tokenizes it, and continues an interrupted build where it stopped."""
 
 import itertools
 import json
@@ -31,22 +31,23 @@ from mla_lm.files import open_own, sync_folder, write_atomically
 from mla_lm.terminal.plain_text import say
 
 SHARD_TOKENS = 2**27
-BATCH_CHARACTERS = 2**20  # tokenized at once, on all cores, in up to a few hundred MB of memory
-JOURNAL_BYTES = 2**26  # of text: what a build that is killed may have to do again
-SECONDS_PER_LINE = 30.0  # of progress, where no terminal shows a bar
+BATCH_CHARACTERS = 2**20  # tokenized at once on all cores, with up to a few hundred MB of memory
+JOURNAL_BYTES = 2**26  # of text between saves, so the most that a killed build has to repeat
+SECONDS_PER_LINE = 30.0  # between lines of progress, where no terminal shows a bar
 
 
 def build_store(folder: Path, source: Source, config: TokenizerConfig, tokenizer: Tokenizer | None = None) -> None:
-    """Tokenize a corpus into a store at `folder`: in a draft beside it, which is moved there when it is whole.
+    """Tokenize a corpus into a store at `folder`. It is built as a draft beside it, and moved there once complete.
 
-    The draft's meta.json is its journal. It says how many rows of the source are done and how long each shard was
-    then, so that a build which was killed, or found the disk full, is gone on with as if it had not stopped.
+    The draft's meta.json is its journal. It records how many rows of the source are done and how long each shard was at
+    that time. So a build that was killed, or that found the disk full, continues as if it had not stopped.
 
     Args:
-        tokenizer: takes the place of the one `config` describes
+        tokenizer: replaces the one that `config` describes
 
     Raises:
-        UserError: a mistake in the text or the tokenizer, and the draft is gone; or a disk that fails, and it is kept.
+        UserError: the text or the tokenizer cannot be used, and the draft is removed; or the disk fails, and the draft
+            is kept.
     """
     draft = folder.with_name(folder.name + ".tmp")
     say(f"Tokenizing {source.description}")
@@ -66,9 +67,9 @@ def build_store(folder: Path, source: Source, config: TokenizerConfig, tokenizer
 
 
 def _begin(draft: Path, source: Source, config: TokenizerConfig, tokenizer: Tokenizer | None) -> tuple[dict, Tokenizer]:
-    """A new draft that has its tokenizer, and what its meta.json says.
+    """Make a new draft with its tokenizer; return the content of its meta.json, and the tokenizer.
 
-    While it is built nobody else can put links into it, also where they share the folder that it lies in.
+    Only this user can write the draft, so nobody else can put links into it, even if the folder above is shared.
     """
     if draft.is_symlink() or draft.is_file():
         draft.unlink()
@@ -94,7 +95,7 @@ def _begin(draft: Path, source: Source, config: TokenizerConfig, tokenizer: Toke
 
 
 def _go_on(draft: Path, source: Source, tokenizer: Tokenizer | None) -> tuple[dict, Tokenizer] | None:
-    """What an interrupted build left, cut back to what its meta.json says; None where it is nothing to go on with."""
+    """Cut an interrupted build back to what its meta.json records, and return that; None if it is of no use."""
     try:
         if not _is_own(draft):
             return None
@@ -123,14 +124,14 @@ def _go_on(draft: Path, source: Source, tokenizer: Tokenizer | None) -> tuple[di
 
 
 def _is_own(draft: Path) -> bool:
-    """Whether it is a folder, not a link to one, that nobody else could put anything into."""
+    """Whether the draft is a folder, not a link, that only this user can write."""
     status = draft.lstat()
     own = status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return own and stat.S_ISDIR(status.st_mode)
 
 
 def _usual_mode() -> int:
-    """Of a new folder, which the umask decides; it can only be read by setting it."""
+    """The mode of a new folder under the present umask, which can only be read by setting it."""
     umask = os.umask(0o077)
     os.umask(umask)
     return 0o777 & ~umask
@@ -141,7 +142,7 @@ def _save(draft: Path, meta: dict) -> None:
 
 
 def _tokenize_split(draft: Path, split: str, source: Source, tokenizer: Tokenizer, meta: dict) -> None:
-    """Tokenize what is left of a split into shards, and keep its entry in meta.json."""
+    """Tokenize the rest of a split into shards, and keep its entry in meta.json up to date."""
     done = meta["splits"][split]
     if done["whole"]:
         return
@@ -155,7 +156,7 @@ def _tokenize_split(draft: Path, split: str, source: Source, tokenizer: Tokenize
             writer.write(tokens)
             size = sum(len(row["text"].encode()) for row in batch)
             done["rows"] += len(batch)
-            done["text_bytes"] += size  # UTF-8 bytes that went in, and that the tokens stand for
+            done["text_bytes"] += size  # UTF-8 bytes of the text; the next line has those of its tokens
             done["token_bytes"] += int(length_of[tokens].sum())
             bar.update(size)
             if done["text_bytes"] - saved >= JOURNAL_BYTES:
@@ -181,7 +182,7 @@ def _batches(rows: Iterable[dict]) -> Iterator[list[dict]]:
 
 
 def _tokens(rows: list[dict], tokenizer: Tokenizer, end_of_text_id: int) -> np.ndarray:
-    """Tokens of some rows, with the end-of-text token after each that ends its document."""
+    """Tokenize rows, (count,), with the end-of-text token after each row that ends its document."""
     pieces = []
     for row, ids in zip(rows, encode_batch(tokenizer, [row["text"] for row in rows]), strict=True):
         pieces.append(np.array([*ids, end_of_text_id] if row["ends"] else ids, dtype=np.int64))
@@ -189,7 +190,7 @@ def _tokens(rows: list[dict], tokenizer: Tokenizer, end_of_text_id: int) -> np.n
 
 
 def _progress(what: str, done: int) -> tqdm:
-    """A bar on a terminal; elsewhere a line on stdout now and then, for log files."""
+    """A progress bar on a terminal; elsewhere a line on stdout from time to time, for log files."""
     if sys.stderr.isatty():
         return tqdm(desc=what, initial=done, unit="B", unit_scale=True)
     return tqdm(
@@ -204,7 +205,7 @@ def _check(split: str, done: dict, source: Source) -> None:
             f"no text for the {split} split in {source.description}: it is too short, give more of it; "
             "train, validation and test all need some"
         )
-    # a few spaces put before texts are fine, lost text is not
+    # a few spaces added before texts are fine, lost text is not
     if abs(done["token_bytes"] / done["text_bytes"] - 1) > 0.05:
         raise UserError(
             f"the tokenizer does not keep the text ({done['text_bytes']} bytes become {done['token_bytes']}), so bits "

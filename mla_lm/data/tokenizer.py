@@ -1,4 +1,4 @@
-"""Tokenizers: every kind is a `tokenizers.Tokenizer`, so a run's tokenizer.json always looks the same."""
+"""Tokenizers. Every kind is a `tokenizers.Tokenizer`, so the tokenizer.json of all runs has the same format."""
 
 import re
 import sys
@@ -16,13 +16,13 @@ from mla_lm.files import read_text
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_END_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
-BPE_TRAINING_CHARACTERS = 2**28  # merges have long settled by then, and a corpus of any size trains in minutes
+BPE_TRAINING_CHARACTERS = 2**28  # merges have settled long before, and a corpus of any size trains in minutes
 MOST_ENTRIES = 2**24
-TOKENIZER_BYTES = 2**29  # of a tokenizer.json: one of 250,000 entries has 30 MB
+TOKENIZER_BYTES = 2**29  # largest tokenizer.json; one with 250,000 entries has 30 MB
 
-# What BPE may never merge across, for code and prose alike: a word with the one sign or space before it; up to three
-# digits; a run of signs with the line end and indentation after it; blank lines with the next indentation; spaces.
-# On held-out Python at 4096 entries this gives 3.92 bytes per token, GPT-2's pattern 3.56.
+# Pieces of text that BPE never merges across, for code and prose alike: a word with one sign or space before it; up to
+# three digits; a run of signs with the line end and indentation after it; blank lines with the next indentation;
+# spaces. On held-out Python with 4096 entries, this gives 3.92 bytes per token, GPT-2's pattern 3.56.
 PIECES = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+"
     r"|\p{N}{1,3}"
@@ -36,11 +36,11 @@ PIECES = (
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """Make the tokenizer that `config` asks for.
 
-    `texts` is read by kind=bpe (pass the training split) and kind=characters (pass every split, so that each
-    character of the corpus has a token).
+    Only kind=bpe and kind=characters read `texts`: pass bpe the training split, and characters all splits, so that each
+    character of the corpus has a token.
 
     Raises:
-        UserError: kind=file names a file that is no tokenizer; kind=hub names one that cannot be had.
+        UserError: the file of kind=file is not a tokenizer, or the one of kind=hub is not available.
     """
     if config.kind == "file":
         return load_tokenizer(Path(config.file).expanduser())
@@ -61,10 +61,10 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer.json; it encodes as the tokenizer that was saved did.
+    """Read a tokenizer.json; the tokenizer encodes as the saved one did.
 
     Raises:
-        UserError: the file is missing, or absurdly large, or no tokenizer.
+        UserError: the file is missing, far too large, or not a tokenizer.
     """
     try:
         text = read_text(Path(path), TOKENIZER_BYTES)
@@ -77,10 +77,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text`, nothing added; "<|endoftext|>" in it is ordinary text, never the special token.
+    """Token ids of `text`, without added tokens; "<|endoftext|>" in it is ordinary text, never the special token.
 
     Raises:
-        UserError: a character tokenizer does not know a character.
+        UserError: the text has a character that a character tokenizer does not know.
     """
     return encode_batch(tokenizer, [text])[0]
 
@@ -94,12 +94,12 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """The text of token ids, special tokens written out by name."""
+    """The text of token ids, with special tokens written by name."""
     return tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
-    """Id of the token that follows every document: `name`, or the first of the usual names that is there.
+    """Id of the token after every document: that of `name`, or of the first usual name that the tokenizer has.
 
     Raises:
         UserError: there is no such token.
@@ -115,10 +115,10 @@ def end_of_text_id(tokenizer: Tokenizer, name: str | None = None) -> int:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Rows an embedding needs: the highest id plus one (a tokenizer file may leave ids unused).
+    """Number of rows that an embedding needs: the highest id plus one, since a tokenizer may leave ids unused.
 
     Raises:
-        UserError: absurdly many, so that its embedding would take all memory.
+        UserError: there are none, or so many that the embedding would fill memory.
     """
     size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if not 0 < size <= MOST_ENTRIES:
@@ -129,11 +129,11 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """UTF-8 bytes of text that each id stands for: int64 (vocabulary_size,), 0 for special tokens.
 
-    Summed over `encode(text)` they are the bytes of the text: exactly for byte-level and character tokenizers; a
-    SentencePiece-like file counts the space it puts before a text as well.
+    Their sum over `encode(text)` is the size of the text in bytes. It is exact for byte-level and character tokenizers;
+    with SentencePiece-like ones, it includes the space that they put before a text.
     """
     if isinstance(tokenizer.decoder, decoders.ByteLevel):
-        length = len  # one symbol a byte
+        length = len  # one symbol per byte
     elif _is_characters(tokenizer):
         length = _utf8_length
     else:
@@ -147,12 +147,12 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
-    """Hex hash of everything that decides how the tokenizer encodes."""
+    """Hex xxh3_128 of everything that decides how the tokenizer encodes."""
     return xxhash.xxh3_128_hexdigest(tokenizer.to_str().encode())
 
 
 def _ready(tokenizer: Tokenizer) -> Tokenizer:
-    """Settings that a tokenizer.json does not keep, or keeps for other purposes than ours."""
+    """Apply settings that a tokenizer.json does not keep, or keeps for other purposes than ours."""
     tokenizer.encode_special_tokens = True  # special tokens are put in by id, never found in text
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -186,7 +186,7 @@ def _first_characters(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def _byte_symbols() -> dict[str, int]:
-    """The letter by which byte-level tokenizers write each byte: printable ones themselves, the rest from U+0100 on."""
+    """Map byte-level tokenizers' symbols to bytes: printable bytes are themselves, the rest lie from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in printable)
     symbols = {b: chr(b) for b in printable} | {b: chr(0x100 + i) for i, b in enumerate(others)}
@@ -198,7 +198,7 @@ def _is_characters(tokenizer: Tokenizer) -> bool:
 
 
 def _check_known_characters(tokenizer: Tokenizer, text: str) -> None:
-    """The library would drop an unknown character silently."""
+    """Raise UserError for unknown characters, which the library would drop silently."""
     unknown = sorted(c for c in set(text) if tokenizer.token_to_id(c) is None)
     if unknown:
         raise UserError(
@@ -212,7 +212,7 @@ def _utf8_length(text: str) -> int:
 
 
 def _length_of_piece(token: str) -> int:
-    """Bytes of a token as SentencePiece or WordPiece writes it."""
+    """UTF-8 bytes of a token that is written as by SentencePiece or WordPiece."""
     if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
         return 1
     return _utf8_length(token.replace("▁", " ").removeprefix("##"))

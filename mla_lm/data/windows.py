@@ -1,4 +1,4 @@
-"""Windows of tokens, and the order in which training takes them: a pure function of the seed and the step."""
+"""Windows of tokens, and the order in which training reads them, a pure function of the seed and the step."""
 
 import functools
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ from mla_lm.data.shards import Tokens
 from mla_lm.errors import UserError
 from mla_lm.model.loss import IGNORE
 
-BLOCK = 1000  # consecutive windows of a run in which every part of the data has exactly its share
+BLOCK = 1000  # windows in a row in which every part of the data has exactly its share
 
 
 class Windows(Dataset):
     """Consecutive windows of a split for training: item i is tokens[i * seq_len : (i + 1) * seq_len + 1].
 
-    Neighbours share one token, the last target of one and the first input of the next, so every token but the first
-    is predicted once a pass; a rest shorter than seq_len is left out. Items are int64 (seq_len + 1,).
+    Neighbours share one token, the last target of one and the first input of the next. So every token but the first is
+    predicted once per pass. A remainder shorter than seq_len is left out. Items are int64 (seq_len + 1,).
 
     Args:
         tokens: `Tokens` or an array of ids, (count,)
-        split: what to call them in the error
+        split: name of the split in the error message
 
     Raises:
-        UserError: there is not even one window.
+        UserError: the split is too short for one window.
     """
 
     def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, split: str = "train"):
@@ -45,19 +45,19 @@ class Windows(Dataset):
 
 
 class EvaluationWindows(Dataset):
-    """Windows of a split for evaluation: as `Windows`, and a last one for the rest, so no target is left out.
+    """Windows of a split for evaluation: those of `Windows`, and one more for the remainder, so that no target is lost.
 
-    The last window is filled with -100 beyond the end: as targets these do not count, as inputs they stand for any
-    token. With `max_tokens` below the targets there are, whole windows (at least one) spread evenly over the split
-    are taken: always the same ones. Items are int64 (seq_len + 1,).
+    The last window is padded with -100. As targets these do not count; as inputs they stand for any token. If
+    `max_tokens` is less than the number of targets, only whole windows (at least one) are used, spread evenly over the
+    split and always the same. Items are int64 (seq_len + 1,).
 
     Args:
         tokens: `Tokens` or an array of ids, (count,)
-        max_tokens: predict at most this many; None: all
-        split: what to call them in the error
+        max_tokens: predict at most this many tokens; None: all
+        split: name of the split in the error message
 
     Raises:
-        UserError: there is nothing to predict, the split has less than two tokens.
+        UserError: the split has fewer than two tokens, so there is nothing to predict.
     """
 
     def __init__(
@@ -87,22 +87,21 @@ def _window(tokens: Tokens | np.ndarray, index: int, seq_len: int) -> Tensor:
 
 
 class Order:
-    """Which window training takes at each place of a run: a pure function of the seed and the place.
+    """The window that training reads at each place of a run, a pure function of the seed and the place.
 
-    In each block of 1,000 places that follow one another, every part of the data has as many as its weight says, in an
-    order drawn for that block. The places of a part take the entries of its own passes over its windows, which follow
-    one another without a gap, each in an order of its own: use u of a part with n windows is entry u % n of the
-    permutation of pass u // n.
+    In each block of 1,000 consecutive places, every part of the data has as many places as its weight says, in an order
+    drawn for that block. Each part passes over its own windows again and again, every pass in a new order: its u-th use
+    is entry u % n of the permutation of pass u // n, where n is its number of windows.
 
     Args:
-        sizes: windows of each part; the windows of all parts are numbered through, one part after another
-        weights: the share of each part, which sum to 1
+        sizes: number of windows of each part; windows are numbered through all parts, one part after another
+        weights: share of each part; they sum to 1
     """
 
     def __init__(self, sizes: list[int], weights: list[float], seed: int):
         self.sizes, self.places, self.seed = sizes, places_in_block(weights), seed
         self.firsts = np.cumsum([0, *sizes[:-1]])
-        # only the last one drawn is kept: places are asked for one after another
+        # places are visited in order, so keeping the last draw is enough
         self._block = functools.lru_cache(maxsize=1)(self._draw_block)
         self._passes = [
             functools.lru_cache(maxsize=1)(functools.partial(_permutation, size, seed, part))
@@ -110,7 +109,7 @@ class Order:
         ]
 
     def of_step(self, step: int, sequences_per_step: int) -> np.ndarray:
-        """Windows of one optimizer step, over all devices: int64 (sequences_per_step,)."""
+        """Indices of the windows of one optimizer step over all devices, int64 (sequences_per_step,)."""
         return np.array([self._window(step * sequences_per_step + i) for i in range(sequences_per_step)], np.int64)
 
     def _window(self, place: int) -> int:
@@ -119,8 +118,8 @@ class Order:
         return self.firsts[part] + self._passes[part](use // self.sizes[part])[use % self.sizes[part]]
 
     def _draw_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each place in a block: its part, and which use of the part it is."""
-        order = _permutation(BLOCK, self.seed, len(self.sizes), number)  # the stream after those of the parts
+        """The part of each place in a block, and the number of that part's use, (1000,) each."""
+        order = _permutation(BLOCK, self.seed, len(self.sizes), number)  # the stream that follows those of the parts
         parts = np.repeat(np.arange(len(self.sizes)), self.places)[order]
         uses = np.empty(BLOCK, np.int64)
         for part, places in enumerate(self.places):
@@ -129,7 +128,7 @@ class Order:
 
 
 def places_in_block(weights: list[float]) -> list[int]:
-    """How many of 1,000 places each part has: its share rounded down, and the rest to the largest remainders."""
+    """The number of places per 1,000 for each part: its share rounded down; the rest go to the largest remainders."""
     shares = BLOCK * np.array(weights)
     places = np.floor(shares).astype(np.int64)
     largest = np.argsort(places - shares, kind="stable")
@@ -138,18 +137,18 @@ def places_in_block(weights: list[float]) -> list[int]:
 
 
 def _permutation(size: int, seed: int, stream: int, number: int) -> np.ndarray:
-    # stream 0 adds nothing to the seed: a corpus alone has the order of the first part
-    # RandomState is frozen: NumPy promises the same permutation in every version, so a run can be resumed in any
+    # Stream 0 adds nothing to the seed, so a single corpus has the order of a mixture's first part.
+    # RandomState is frozen: NumPy promises the same permutation in every version, so any version can resume a run.
     bits = np.random.MT19937(np.random.SeedSequence((seed, number, stream)))
     return np.random.RandomState(bits).permutation(size)
 
 
 class StepBatchSampler(Sampler[list[int]]):
-    """For every optimizer step from `start_step` on, this rank's window indices of that whole step.
+    """Yields this rank's window indices for every optimizer step from `start_step` on, a whole step at a time.
 
-    With `overfit_batches` the steps take those of the first so many, again and again.
-    The windows of a step over all ranks do not depend on their number: rank r of n takes every n-th, from r on.
-    `len()` is max_steps also when started later, since Lightning adds the steps already done to those it counts.
+    The windows of a step do not depend on the number of ranks: rank r of n takes every n-th of them, from r on. With
+    `overfit_batches`, the windows of the first so many steps repeat. `len()` is max_steps even with a later start,
+    since Lightning adds the steps already done to those it counts.
     """
 
     def __init__(

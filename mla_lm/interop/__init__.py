@@ -1,1 +1,1 @@
-"""Models of other formats, and of other kinds of attention, to and from ours."""
+"""Conversion of models: to and from transformers' format, and from other kinds of attention to MLA."""

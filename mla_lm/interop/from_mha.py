@@ -1,10 +1,10 @@
-"""MLA from a trained MHA, GQA or MQA model, in the line of TransMLA (arXiv 2502.07864) and MHA2MLA (arXiv 2502.14837).
+"""Converts a trained MHA, GQA or MQA model to MLA, after TransMLA (arXiv 2502.07864) and MHA2MLA (arXiv 2502.14837).
 
-At one frequency, the rotated pairs of all key heads are a vector of complex numbers that RoPE turns as a whole, and a
-unitary mix of them commutes with the turning. So the keys' principal components take the place of heads: the few that
-matter stay rotated, in the one key that MLA's heads share; the rest loses its rotation, which the slow frequencies
-hardly had, and goes with the values into the latent, whose directions are those of largest variance on real text.
-With enough room nothing is lost: all pairs rotated, and a latent as wide as the values.
+At one frequency, the rotated pairs of all key heads form a complex vector that RoPE rotates as a whole. Any unitary mix
+of its entries commutes with the rotation, so principal components of the keys can take the place of heads. The few
+components that matter most stay rotated, in the one key that all of MLA's heads share. The others lose their rotation,
+which is slight at low frequencies, and are compressed with the values into the latent. Its directions are those of
+largest variance on real text. With enough room nothing is lost: all pairs rotated, and a latent as wide as the values.
 """
 
 import math
@@ -18,23 +18,23 @@ from mla_lm.errors import UserError
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.transformer import Transformer
 
-RIDGE = 1e-6  # share of the mean variance that every direction is granted, so that none is weightless
+RIDGE = 1e-6  # share of the mean variance that is added to every direction, so that none has weight zero
 
 
 @torch.no_grad()
 def convert(
     model: Transformer, windows: Tensor, kv_compressed_dim: int, rope_dim: int, plain_rope: bool = False
 ) -> Transformer:
-    """A model of MLA that does what `model` does, as nearly as the two sizes allow.
+    """Convert a model to MLA, as close to the original as kv_compressed_dim and rope_dim allow.
 
     Args:
-        model: MHA, GQA or MQA, in evaluation mode
-        windows: (N, T) ids of text such as it was trained on; a few tens of thousands of tokens in all
-        plain_rope: keep the pairs whose frequencies RoPE of rope_dim has anyway, so that the model can be exported, and
-            not those that matter most
+        model: of kind mha, gqa or mqa, in evaluation mode
+        windows: (N, T) ids of text like the training data; a few tens of thousands of tokens in all
+        plain_rope: keep rotated the pairs that have the frequencies of plain RoPE over rope_dim, so that the model can
+            be exported, instead of the pairs that matter most
 
     Raises:
-        UserError: `model` is MLA already, or the sizes are more than it has to give.
+        UserError: `model` is MLA already, or the sizes are larger than its keys and values can fill.
     """
     config = converted_config(model.config, kv_compressed_dim, rope_dim, plain_rope)
     layers = [
@@ -60,7 +60,7 @@ def convert(
 def converted_config(
     config: TransformerConfig, kv_compressed_dim: int, rope_dim: int, plain_rope: bool = False
 ) -> TransformerConfig:
-    """Of the MLA model that `convert` makes, but for the frequencies that it chooses; errors as there."""
+    """The configuration of the model that `convert` makes, without the frequencies it chooses; errors as there."""
     layer = config.layer_config()
     if not isinstance(layer, MHAConfig):
         raise UserError(f"the model is of kind {config.attention.kind}: give an MHA, GQA or MQA run")
@@ -92,7 +92,7 @@ def converted_config(
 
 
 def _moments(model: Transformer, windows: Tensor) -> list[Tensor]:
-    """Second moments of what each layer's attention reads, and a one for the biases: (d_model + 1, d_model + 1)."""
+    """Second moments of each layer's attention input, with a 1 appended for biases: (d_model + 1, d_model + 1)."""
     size = model.config.d_model + 1
     sums = [torch.zeros(size, size, dtype=torch.float64) for _ in model.blocks]
 
@@ -115,16 +115,16 @@ def _moments(model: Transformer, windows: Tensor) -> list[Tensor]:
 
 
 def _frequencies(config: TransformerConfig) -> Tensor:
-    """Angles per position of the rotated pairs of a head, (D/2,)."""
+    """RoPE's frequencies for the pairs of a head, (D/2,) radians per position."""
     head_dim = config.d_model // config.num_heads
     return config.attention.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
 def _choose_pairs(layers: list["_Layer"], config: TransformerConfig) -> list[tuple[int, int]]:
-    """The (frequency, component) that stay rotated: those whose rotation, left out, would change the scores most.
+    """Choose which (frequency, component) pairs stay rotated: those without whose rotation scores would change most.
 
-    Without it, a score's part q conj(k) e^(i d w) at distance d becomes q conj(k): off by |1 - e^(i d w)|^2 of its
-    energy. A distance counts as often as it occurs in a window.
+    Without rotation, the contribution q conj(k) e^(i d w) to a score at distance d becomes q conj(k). The squared error
+    is |1 - e^(i d w)|^2 times its energy. Each distance is weighted by how often it occurs in a window.
     """
     T = config.seq_len
     distance = torch.arange(T, dtype=torch.float64)
@@ -137,9 +137,9 @@ def _choose_pairs(layers: list["_Layer"], config: TransformerConfig) -> list[tup
 
 @dataclass
 class _Layer:
-    """One layer's projections in fp64, the bias as a last column, and the components of its keys.
+    """One layer's projections in fp64, with the bias as last column, and the principal components of its keys.
 
-    G key heads of D dimensions; complex tensors hold the pair (i, i + D/2) as one number.
+    There are G key heads of D dimensions. Complex tensors hold the pair (i, i + D/2) as one number.
     """
 
     q: Tensor  # (H, D, d_model + 1)
@@ -148,9 +148,9 @@ class _Layer:
     out: Tensor  # (d_model, H, D)
     out_bias: Tensor | None
     moments: Tensor  # (d_model + 1, d_model + 1)
-    energies: Tensor  # (D/2, G): variance of each component in the scores, descending over the components
-    components: Tensor  # (D/2, G, d_model + 1) complex: they from the input
-    mix: Tensor  # (D/2, G, G) complex: the key heads from them
+    energies: Tensor  # (D/2, G): each component's variance in the scores, in descending order
+    components: Tensor  # (D/2, G, d_model + 1) complex: maps the input to components
+    mix: Tensor  # (D/2, G, G) complex: maps components to key heads
 
     @classmethod
     def of(cls, mha: MHA, moments: Tensor) -> "_Layer":
@@ -160,7 +160,7 @@ class _Layer:
             for proj, n in ((mha.q_proj, heads), (mha.k_proj, kv_heads), (mha.v_proj, kv_heads))
         )
         queries, keys = _paired(q), _paired(k).transpose(0, 1)  # (H, D/2, d_model + 1), (D/2, G, d_model + 1)
-        energy = torch.einsum("hpi,ij,hpj->hp", queries, moments.cdouble(), queries.conj()).real  # of queries
+        energy = torch.einsum("hpi,ij,hpj->hp", queries, moments.cdouble(), queries.conj()).real  # of the queries
         weight = energy.unflatten(0, (kv_heads, -1)).sum(1).T  # (D/2, G)
         weight = (weight + RIDGE * weight.mean()).sqrt()
         scaled = weight.unsqueeze(-1) * keys
@@ -177,18 +177,18 @@ class _Layer:
         )  # fmt: skip
 
     def as_mla(self, pairs: list[tuple[int, int]], kv_compressed_dim: int) -> dict[str, Tensor]:
-        """The state of an `MLA` whose shared key holds these (frequency, component), and the latent what is left."""
+        """The state of an `MLA` with these (frequency, component) pairs in its shared key, the rest in its latent."""
         (heads, D, _), kv_heads = self.q.shape, len(self.k)
         frequency, component = (torch.tensor(column) for column in zip(*pairs, strict=True))
         rotated = self.components[frequency, component]  # (P, d_model + 1)
-        share = self.mix[frequency, :, component]  # (P, G): of each rotated component in the key heads
+        share = self.mix[frequency, :, component]  # (P, G): of each rotated component in each key head
         share_of_head = share.T.repeat_interleave(heads // kv_heads, 0)  # (H, P)
         q_rope = _paired(self.q)[:, frequency] * share_of_head.conj().unsqueeze(-1)
         left = _paired(self.k).transpose(0, 1).clone()  # (D/2, G, d_model + 1)
         left.index_add_(0, frequency, -share.unsqueeze(-1) * rotated.unsqueeze(1))
         down, up = self._factor(_unpaired(left.transpose(0, 1)), kv_compressed_dim)
 
-        # MLA's scores are scaled by the whole width of a head, MHA's by D.
+        # MLA scales scores by the full width of its query heads, MHA by D.
         scale = math.sqrt((D + 2 * len(pairs)) / D)
         k_up, v_up = up.unflatten(0, (2, kv_heads, D)).repeat_interleave(heads // kv_heads, 1)  # (H, D, r) each
         state = _split("q_proj", scale * torch.cat((self.q, _unpaired(q_rope)), 1).flatten(0, 1), self.out_bias)
@@ -197,10 +197,13 @@ class _Layer:
         return state | ({} if self.out_bias is None else {"out_proj.bias": self.out_bias})
 
     def _factor(self, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Keys (G, D, d_model + 1) and the values as one product up @ down of the given rank, best on the data.
+        """Factor keys (G, D, d_model + 1) and values jointly as up @ down of the given rank, optimal on the data.
 
-        An error in a key counts as it changes scores, in a value as it changes the output; what keys and values lose
-        is weighed against all that there was of each.
+        Errors in keys are measured by the change in scores, relative to all that the keys contribute; errors in values
+        by the change in the output, likewise.
+
+        Returns:
+            down (rank, d_model + 1) and up (2 G D, rank)
         """
         kv_heads = len(keys)
         of_queries = (self.q @ self.moments @ self.q.mT).unflatten(0, (kv_heads, -1)).sum(1)  # (G, D, D)
@@ -216,26 +219,26 @@ class _Layer:
         weighted = torch.block_diag(*weights) @ joint
         variances, vectors = torch.linalg.eigh(weighted @ self.moments @ weighted.T)
         variances, vectors = variances[-rank:], vectors[:, -rank:]
-        size = variances.clamp(min=1e-12 * variances[-1]).sqrt()  # so that every direction of the latent has variance 1
+        size = variances.clamp(min=1e-12 * variances[-1]).sqrt()  # gives every direction of the latent variance 1
         return (vectors / size).T @ weighted, torch.block_diag(*back) @ (vectors * size)
 
 
 def _affine(proj: torch.nn.Linear) -> Tensor:
-    """(out, in + 1) in fp64: the weight, and the bias as a last column."""
+    """The weight of a linear layer with its bias as last column, (out, in + 1) in fp64."""
     bias = proj.weight.new_zeros(len(proj.weight)) if proj.bias is None else proj.bias
     return torch.cat((proj.weight, bias.unsqueeze(1)), 1).double()
 
 
 def _split(name: str, affine: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    """State of the linear layer that `affine` stands for; `bias`: whether this model has any."""
+    """Split `affine` into the state of a linear layer; its last column is used only if the model has biases."""
     return {f"{name}.weight": affine[:, :-1]} | ({} if bias is None else {f"{name}.bias": affine[:, -1]})
 
 
 def _paired(heads: Tensor) -> Tensor:
-    """(..., D, n) to complex (..., D/2, n)."""
+    """Join halves into complex pairs: (..., D, n) to (..., D/2, n)."""
     return torch.complex(*heads.chunk(2, dim=-2))
 
 
 def _unpaired(pairs: Tensor) -> Tensor:
-    """Complex (..., D/2, n) to (..., D, n)."""
+    """Split complex pairs into halves: (..., D/2, n) to (..., D, n)."""
     return torch.cat((pairs.real, pairs.imag), dim=-2)

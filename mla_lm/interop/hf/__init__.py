@@ -1,1 +1,1 @@
-"""Models as `transformers` has them, folders of safetensors and JSON: written and read without that library."""
+"""Models in the format of `transformers`, folders of safetensors and JSON, written and read without that library."""

@@ -9,7 +9,7 @@ from mla_lm.interop.hf.engines import engines_for
 from mla_lm.model.size import model_size
 from mla_lm.terminal.plain_text import printable
 
-# What of summary.json the card shows, and how.
+# Keys of summary.json that the card shows, with their headings and formats.
 FIGURES = (
     ("test_perplexity", "perplexity, test", "{:.2f}"),
     ("test_bits_per_byte", "bits per byte, test", "{:.4f}"),
@@ -67,8 +67,8 @@ def model_card(summary: dict[str, Any], config: TrainConfig, described: dict[str
     """README.md of an exported run.
 
     Args:
-        summary: summary.json, or nothing where the run has none
-        described: config.json
+        summary: the content of summary.json; empty if the run has none
+        described: the content of config.json
     """
     model, size = config.model, model_size(config.model)
     figures = [f"| {heading} | {_figure(summary.get(key), form)} |" for key, heading, form in FIGURES]
@@ -95,10 +95,10 @@ def _data(summary: dict[str, Any], config: TrainConfig) -> str:
     if fingerprint is None:
         return "Not known: the run has not been trained here, or not to its end."
     data = config.data
-    text = "Text files of the one who trained it."  # their paths are nobody else's business
+    text = "Text files of the one who trained it."  # their paths are private
     if data.source == "python_stdlib":
         text = "The source code of Python's standard library."
-    elif data.source == "hub" and HUB_NAME.fullmatch(data.path or ""):  # and not a folder
+    elif data.source == "hub" and HUB_NAME.fullmatch(data.path or ""):  # not a folder
         details = "".join(f", {_code(x)}" for x in (data.name, data.revision) if x)
         text = f"`{data.path}` of the Hugging Face Hub{details}."
     return f"{text}\nFingerprint of text, split and tokenizer: {_code(fingerprint)}."
@@ -111,5 +111,5 @@ def _figure(value: Any, form: str) -> str:
 
 
 def _code(text: Any) -> str:
-    """What a run's files say, as code in Markdown, which nothing in it can end."""
+    """Format text from a run's files as inline Markdown code, which no character in it can end."""
     return "`" + printable(f"{text}").replace("\n", r"\n").replace("`", "'") + "`"

@@ -1,4 +1,4 @@
-"""Whether transformers computes with an exported folder what we compute with the run: asked in a process of its own."""
+"""Checks that transformers computes the same with an exported folder as we do with the run, in its own process."""
 
 import json
 import subprocess
@@ -18,7 +18,8 @@ from mla_lm.model.transformer import Transformer
 NEW_TOKENS = 64
 PROMPT_TOKENS = 16
 TOLERANCE = 1e-4  # nats per token, in fp32
-# All that the other process runs. It is told the folder and a file of windows, (N, T + 1) ids, -100 after the end.
+# The program of the other process. Its arguments are the folder, a file of windows, (N, T + 1) ids with -100 after the
+# end, and how many tokens to generate and to take as prompt.
 THEIRS = """
 import json, sys
 import numpy as np, torch
@@ -42,15 +43,18 @@ print(json.dumps({"nats": nats, "ids": out[0, prompt.shape[1] :].tolist(), "clas
 
 
 def compare_with_transformers(model: Transformer, folder: Path, windows: Tensor) -> tuple[bool, str]:
-    """Whether both have the same loss on some text and continue its beginning alike, and their figures in words.
+    """Compare loss and greedy continuation of the run's model and of transformers' model on some text.
 
     Args:
-        model: of the run, in evaluation mode
-        folder: what `export_run` wrote of the run, in fp32
-        windows: (N, T + 1) ids, -100 after the end; the first begins with more than a prompt
+        model: the run's model, in evaluation mode
+        folder: the folder that `export_run` wrote for the run, in fp32
+        windows: (N, T + 1) ids, -100 after the end; the first has more than PROMPT_TOKENS ids
+
+    Returns:
+        whether both agree, and a sentence with their figures
 
     Raises:
-        UserError: transformers is not there, or cannot use the folder.
+        UserError: transformers is not installed, or cannot use the folder.
     """
     new_tokens = min(NEW_TOKENS, model.config.seq_len - PROMPT_TOKENS)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""config.json of transformers from our configuration, and ours from it."""
+"""Conversion of our configuration to config.json of transformers, and back."""
 
 from typing import Any
 
@@ -11,7 +11,11 @@ from mla_lm.model.config import TransformerConfig
 
 
 def form_of(config: TransformerConfig) -> TransformersForm:
-    """How transformers holds the model's attention; UserError where it cannot."""
+    """How transformers stores the model's attention.
+
+    Raises:
+        UserError: no model class of transformers can hold it.
+    """
     form = KINDS[config.attention.kind].transformers
     if form is None:
         raise UserError(f"no model class of transformers can hold model.attention.kind={config.attention.kind}")
@@ -19,14 +23,14 @@ def form_of(config: TransformerConfig) -> TransformersForm:
 
 
 def to_json(config: TransformerConfig, end_of_text: int, dtype: str) -> dict[str, Any]:
-    """config.json for the model class that can hold the attention: DeepseekV3ForCausalLM or LlamaForCausalLM.
+    """Make config.json for the model class that can hold the attention: DeepseekV3ForCausalLM or LlamaForCausalLM.
 
     Args:
         end_of_text: id of the token that begins and ends a document
-        dtype: of the weights: float32 or bfloat16
+        dtype: dtype of the weights, float32 or bfloat16
 
     Raises:
-        UserError: no class can hold it, such as MLA with biases, or as scripts.convert makes it.
+        UserError: no class can hold the model, such as MLA with biases or with frequencies of its own.
     """
     form, layer = form_of(config), config.layer_config()
     shared = {
@@ -37,7 +41,7 @@ def to_json(config: TransformerConfig, end_of_text: int, dtype: str) -> dict[str
         "num_attention_heads": config.num_heads,
         "max_position_embeddings": config.seq_len,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,  # latent norms have 1e-6 in transformers too, whatever this says
+        "rms_norm_eps": config.norm_eps,  # transformers ignores it in latent norms, which have 1e-6 as ours do
         "attention_bias": config.use_bias,
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tie_embeddings,
@@ -76,8 +80,8 @@ def _rest_of_deepseek(config: TransformerConfig, layer: MLAConfig) -> dict[str, 
             "have: scripts.convert --plain-rope makes one without"
         )
     return {
-        "rope_interleave": True,  # vLLM and llama.cpp know no other
-        # No layer is a mixture of experts; the rest of it has to be there and possible.
+        "rope_interleave": True,  # the only layout that vLLM and llama.cpp support
+        # No layer is a mixture of experts, but the entries that describe one must be present and valid.
         "first_k_dense_replace": config.num_layers,
         "moe_layer_freq": 1,
         "moe_intermediate_size": config.ff_hidden,
@@ -92,7 +96,7 @@ def _rest_of_deepseek(config: TransformerConfig, layer: MLAConfig) -> dict[str, 
     }
 
 
-# config.json's model_type, and what it has beside the shared entries and those of the attention.
+# By architecture: model_type, and the function for entries that are neither shared nor the attention's.
 ARCHITECTURES = {
     "DeepseekV3ForCausalLM": ("deepseek_v3", _rest_of_deepseek),
     "LlamaForCausalLM": ("llama", _rest_of_llama),
@@ -100,10 +104,10 @@ ARCHITECTURES = {
 
 
 def from_json(json: dict[str, Any]) -> tuple[TransformerConfig, bool]:
-    """Our configuration of a model of transformers, and whether its RoPE is interleaved.
+    """Make our configuration from config.json, and tell whether the model's RoPE is interleaved.
 
     Raises:
-        UserError: another architecture, or what our model cannot be.
+        UserError: the architecture is another, or has a feature that our model lacks.
     """
     kind = json.get("model_type")
     if kind not in ("deepseek_v3", "deepseek_v2", "llama"):
@@ -130,7 +134,7 @@ def from_json(json: dict[str, Any]) -> tuple[TransformerConfig, bool]:
 def _llama_attention(json: dict[str, Any], config: TransformerConfig) -> dict[str, Any]:
     if json.get("head_dim") is not None:
         _need(json, "head_dim", config.d_model // config.num_heads)
-    _need(json, "attention_bias", config.use_bias)  # model.use_bias is for both
+    _need(json, "attention_bias", config.use_bias)  # model.use_bias sets both biases
     heads = config.num_heads if json.get("num_key_value_heads") is None else _size(json, "num_key_value_heads")
     return {"kind": kind_of_heads(heads, config.num_heads), "num_kv_heads": heads}
 
@@ -153,7 +157,7 @@ def _deepseek_attention(json: dict[str, Any], config: TransformerConfig) -> dict
 
 
 def _need(json: dict[str, Any], name: str, value: Any) -> None:
-    """Raises UserError where the entry is there and another."""
+    """Raise UserError if the entry is present with another value."""
     if (found := json.get(name, value)) != value:
         raise UserError(f"{name}={found} is not supported: it must be {value}")
 

@@ -1,6 +1,6 @@
-"""Which inference engines take a model of this shape, by the rules that their sources had in 2026.
+"""Which inference engines can load a model of this shape, by the rules in their source code as of 2026.
 
-The sources stand beside the rules; none of the engines was run, and they move on.
+Each rule cites its source. None of the engines was run, and newer versions may differ.
 """
 
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from mla_lm.attention import MLAConfig
 from mla_lm.interop.hf.config import form_of
 from mla_lm.model.config import TransformerConfig
 
-# Elements a token that vLLM's MLA backends cache: MLACommonBackend.get_supported_head_sizes,
+# Elements per token that vLLM's MLA backends can cache: MLACommonBackend.get_supported_head_sizes,
 # https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/layers/attention/mla_attention.py
-# FlashMLA, CUTLASS_MLA and FlashInfer's kernels take 576 alone; FLASH_ATTN_MLA and TRITON_MLA (since
+# FlashMLA, CUTLASS_MLA and FlashInfer's kernels take only 576; FLASH_ATTN_MLA and TRITON_MLA (since
 # https://github.com/vllm-project/vllm/pull/41119) 320 as well.
 VLLM_CACHED = (320, 576)
-# (nope_dim, rope_dim, value_dim) of its prefill: FlashAttnPrefillBackend.supports_mla_dimensions,
+# (nope_dim, rope_dim, value_dim) that vLLM's prefill supports: FlashAttnPrefillBackend.supports_mla_dimensions,
 # https://github.com/vllm-project/vllm/pull/48855
 VLLM_HEADS = ((128, 64, 128), (192, 64, 256), (64, 64, 128))
-# Layers of the models that llama.cpp takes for ones without low-rank query, and no others: `is_lite`,
+# llama.cpp assumes a model to have no low-rank query exactly if it has one of these numbers of layers: `is_lite`,
 # https://github.com/ggml-org/llama.cpp/blob/master/src/models/deepseek2.cpp (48 layers too, with one vocabulary).
 LLAMA_CPP_LITE = (26, 27)
 # get_vocab_base_pre, https://github.com/ggml-org/llama.cpp/blob/master/conversion/base.py
@@ -27,7 +27,7 @@ VLLM_DTYPE = ("with --dtype bfloat16",)
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an engine takes the model (None: not checked), and what to know or to change."""
+    """Whether an engine can load the model (None: not checked), and notes on what to set or to change."""
 
     engine: str
     takes: bool | None
@@ -39,7 +39,7 @@ class Verdict:
 
 
 def engines_for(config: TransformerConfig) -> list[Verdict]:
-    """The engines' verdicts on a model that `scripts.export` can write."""
+    """The verdict of each engine on a model that `scripts.export` can write."""
     architecture, layer = form_of(config).architecture, config.layer_config()
     if architecture == "DeepseekV3ForCausalLM":
         slow = "it caches the latents, and expands all of them again for each new token"
@@ -81,17 +81,19 @@ def _vllm_llama(head_dim: int) -> Verdict:
 
 
 def _vllm_head(size: int) -> bool:
-    """supports_head_size, https://github.com/vllm-project/vllm/blob/main/vllm/v1/attention/backends/flash_attn.py"""
+    """Whether its FlashAttention takes this head size: supports_head_size,
+    https://github.com/vllm-project/vllm/blob/main/vllm/v1/attention/backends/flash_attn.py
+    """
     return size % 8 == 0 and size <= 256
 
 
 def _sglang_mla(layer: MLAConfig) -> Verdict:
-    """By two of its backends; flashinfer, flashmla, cutlass_mla and trtllm_mla were not checked.
+    """The verdict of two of SGLang's backends; flashinfer, flashmla, cutlass_mla and trtllm_mla were not checked.
 
-    triton takes the values out of the loaded block of keys, so both blocks must be equally wide
+    triton takes the values from the loaded block of keys, so both blocks must be equally wide
     (_decode_grouped_att_m_fwd with has_mla,
     https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/layers/attention/triton_ops/decode_attention.py).
-    fa3, for Hopper, is FlashAttention 3 with `q_v`: the checks of
+    fa3, for Hopper, is FlashAttention 3 with `q_v`, whose checks are in
     https://github.com/Dao-AILab/flash-attention/blob/main/hopper/flash_api.cpp
     """
     latent, rope = layer.kv_compressed_dim, layer.rope_dim

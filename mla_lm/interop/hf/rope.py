@@ -1,4 +1,4 @@
-"""RoPE and YaRN as config.json of transformers says them."""
+"""Conversion of RoPE and YaRN settings to entries of transformers' config.json, and back."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from mla_lm.model.config import TransformerConfig
 
 
 def rope_to_json(config: TransformerConfig, deepseek: bool) -> dict[str, Any]:
-    """For transformers 5 under rope_parameters, for earlier versions and some engines under the other two names."""
+    """Make RoPE's entries: rope_parameters for transformers 5, two more for older versions and some engines."""
     base, yarn = config.attention.rope_base, config.attention.yarn
     if yarn.factor == 1:
         plain = {"rope_type": "default", "rope_theta": base}
@@ -24,18 +24,18 @@ def rope_to_json(config: TransformerConfig, deepseek: bool) -> dict[str, Any]:
     }
     if deepseek:
         scaling |= {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim}
-        if not (yarn.mscale and yarn.mscale_all_dim):  # which transformers would take for absent
+        if not (yarn.mscale and yarn.mscale_all_dim):  # transformers takes 0 for absent
             scaling["attention_factor"] = yarn.amplitude
-    elif yarn.mscale != 1:  # Llama rotates all of a head, so all sharpening goes through the cosines and sines
+    elif yarn.mscale != 1:  # Llama rotates whole heads, so the cosines and sines carry all of the sharpening
         scaling["attention_factor"] = sharpening(yarn.factor, yarn.mscale)
     return {"rope_parameters": {**scaling, "rope_theta": base}, "rope_theta": base, "rope_scaling": scaling}
 
 
 def rope_from_json(json: dict[str, Any], seq_len: int, deepseek: bool) -> dict[str, Any]:
-    """The fields of `AttentionConfig` that say the same.
+    """Make the RoPE fields of `AttentionConfig` from config.json.
 
     Raises:
-        UserError: another kind of scaling than YaRN's, or RoPE on a part of a head.
+        UserError: the scaling is not YaRN's, or RoPE rotates only a part of each head.
     """
     rope = json.get("rope_scaling") or json.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -51,7 +51,7 @@ def rope_from_json(json: dict[str, Any], seq_len: int, deepseek: bool) -> dict[s
 
 
 def _yarn_from_json(rope: dict[str, Any], seq_len: int, deepseek: bool) -> YarnConfig:
-    """As _compute_yarn_parameters of transformers reads it, and DeepSeek's attention the factor of the scores."""
+    """Read YaRN as transformers does, in _compute_yarn_parameters and, for the scores, in DeepSeek's attention."""
     original = rope.get("original_max_position_embeddings", seq_len)
     factor = rope.get("factor") or seq_len / original
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
@@ -62,7 +62,7 @@ def _yarn_from_json(rope: dict[str, Any], seq_len: int, deepseek: bool) -> YarnC
         amplitude = sharpening(factor)
         if mscale and mscale_all_dim:
             amplitude = sharpening(factor, mscale) / sharpening(factor, mscale_all_dim)
-    # Ours divides by the sharpening of mscale_all_dim, which multiplies DeepSeek's scores and is nothing to Llama's.
+    # Our amplitude is divided by the sharpening of mscale_all_dim, which DeepSeek applies to scores and Llama does not.
     mscale_all_dim = (mscale_all_dim or 0.0) if deepseek else 1.0
     whole = amplitude * sharpening(factor, mscale_all_dim) if deepseek else amplitude
     mscale = round((whole - 1) / (0.1 * math.log(factor)), 9) if factor > 1 else 1.0
@@ -81,5 +81,5 @@ def _yarn(rope: dict[str, Any], factor: float, original: int, mscale: float, msc
 
 
 def _plain(value: float) -> float | int:
-    """A whole number without the point that would make it a float for others."""
+    """Turn a whole number into an int, so that JSON has it without a decimal point."""
     return int(value) if float(value).is_integer() else value

@@ -1,4 +1,4 @@
-"""The weights of a model under the names and in the layout of transformers' DeepseekV3 and Llama, and back."""
+"""Conversion of weights to the names and layout of transformers' DeepseekV3 and Llama, and back."""
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ IN_BLOCK = {
     "feed_forward.up_proj": "mlp.up_proj",
     "feed_forward.down_proj": "mlp.down_proj",
 }
-IDLE = 1e-6  # factor of latents whose norm should do nothing: their squares are then 1e-12, against an eps of 1e-6
+IDLE = 1e-6  # factor on latents whose norm must do nothing: it makes their squares 1e-12, against an eps of 1e-6
 
 
 def their_name(name: str, form: TransformersForm) -> str:
-    """`blocks.3.attention.q_up.weight` is `model.layers.3.self_attn.q_b_proj.weight`."""
+    """Translate a name: `blocks.3.attention.q_up.weight` to `model.layers.3.self_attn.q_b_proj.weight`."""
     module, parameter = name.rsplit(".", 1)
     if module in TOP:
         return f"{TOP[module]}.{parameter}"
@@ -31,9 +31,9 @@ def their_name(name: str, form: TransformersForm) -> str:
 
 
 def to_transformers(model: Transformer) -> dict[str, Tensor]:
-    """The model's weights as the model class of transformers reads them, DeepseekV3's RoPE interleaved.
+    """Return the model's weights as transformers' model class reads them; DeepseekV3's RoPE is interleaved.
 
-    A tied head is written out beside the embedding for DeepSeek: vLLM and SGLang do not tie it there.
+    For DeepseekV3 a tied head is written in addition to the embedding, since vLLM and SGLang do not tie it.
     """
     config, state = model.config, model.state_dict()
     form = form_of(config)
@@ -45,15 +45,16 @@ def to_transformers(model: Transformer) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if (rows := _rotated_rows(name, config)) is not None:
             tensor = _move_rotated(tensor, *rows, _interleaving(config.attention.rope_dim))
-        weights[their_name(name, form)] = tensor.clone()  # safetensors refuses two names for one memory
+        weights[their_name(name, form)] = tensor.clone()  # safetensors refuses tensors that share memory
     return weights
 
 
 def _add_idle_norms(state: dict[str, Tensor], config: TransformerConfig) -> None:
-    """Give a converted model, which has no norm of the latent, ones that do nothing.
+    """Add latent norms that do nothing to a converted model, which has none.
 
-    RMSNorm divides by sqrt(mean of squares + eps): with latents so small that eps is all there is, by a constant. (fp16
-    has no numbers so small; fp32 and bf16 do.)
+    RMSNorm divides by sqrt(mean of squares + eps). The latents are scaled down until eps outweighs their squares, so
+    that the divisor is constant; the norm's weight undoes both factors. (fp16 has no numbers so small; fp32 and bf16
+    do.)
     """
     latent = config.attention.kv_compressed_dim
     for i in range(config.num_layers):
@@ -64,14 +65,15 @@ def _add_idle_norms(state: dict[str, Tensor], config: TransformerConfig) -> None
 
 
 def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, interleaved: bool) -> dict[str, Tensor]:
-    """The `state_dict` of `Transformer(config)`, in fp32; the inverse of `to_transformers`.
+    """Make the `state_dict` of `Transformer(config)`, in fp32; the inverse of `to_transformers`.
 
     Args:
         theirs: all tensors of a model, by name
-        interleaved: whether RoPE rotates the pairs (2i, 2i + 1), as DeepSeek has it, or (i, i + rope_dim / 2)
+        interleaved: whether RoPE rotates the pairs (2i, 2i + 1), as in DeepSeek, instead of (i, i + rope_dim / 2)
 
     Raises:
-        UserError: a tensor is missing, has another shape or no place in the model, or a tied head is not tied.
+        UserError: a tensor is missing, has another shape or no place in the model, or the head of a model with tied
+            embeddings differs from its embedding.
     """
     shapes = _shapes(config, theirs)
     if config.tie_embeddings:
@@ -98,19 +100,19 @@ def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, inte
 
 
 def _shapes(config: TransformerConfig, theirs: dict[str, Tensor]) -> dict[str, torch.Size]:
-    """Of our tensors, by name; nothing is allocated, nor is there a step for each layer that config.json makes up."""
+    """The shapes of our tensors by name. Nothing is allocated, and no layer is built that `theirs` lacks."""
     layers = len({name.split(".")[2] for name in theirs if name.startswith("model.layers.")})
     if layers < config.num_layers:
         raise UserError(f"model.layers.{layers}.* is missing, where num_hidden_layers={config.num_layers}")
     try:
         with torch.device("meta"):
             return {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-    except (RuntimeError, TypeError, OverflowError) as error:  # torch's words for sizes beyond 64 bits
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch raises these for sizes beyond 64 bits
         raise UserError("config.json describes a model of impossible sizes") from error
 
 
 def _rotated_rows(name: str, config: TransformerConfig) -> tuple[int, int, int] | None:
-    """The heads of a weight or bias, and in each the rows before those that RoPE rotates, and these; None without."""
+    """The heads of a weight or bias, and per head the rows before the rotated ones and these; None if it has none."""
     module = name.split(".")[-2]
     rows = form_of(config).rotated.get(module) if ".attention." in name else None
     if rows is None:
@@ -120,11 +122,11 @@ def _rotated_rows(name: str, config: TransformerConfig) -> tuple[int, int, int] 
 
 
 def _interleaving(dim: int) -> Tensor:
-    """The places from which the halves' entries come to lie in pairs: 0, dim / 2, 1, dim / 2 + 1, ..."""
+    """The permutation that interleaves two halves: 0, dim / 2, 1, dim / 2 + 1, ..."""
     return torch.arange(dim).view(2, -1).T.flatten()
 
 
 def _move_rotated(tensor: Tensor, heads: int, before: int, rotated: int, order: Tensor) -> Tensor:
-    """Put the rows of a weight or bias that RoPE rotates, the last of each head, in this order."""
+    """Reorder the last `rotated` rows of each head in a weight or bias, those that RoPE rotates."""
     plain, turned = tensor.unflatten(0, (heads, -1)).split((before, rotated), dim=1)
     return torch.cat((plain, turned[:, order]), dim=1).flatten(0, 1)
