@@ -140,7 +140,7 @@ def import_datasets() -> ModuleType:
     Raises:
         UserError: its cache folder, which it insists on even where it stores nothing, cannot be made.
     """
-    import datasets
+    import datasets.config
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it would log what is raised here in better words
     try:

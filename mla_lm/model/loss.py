@@ -1,5 +1,8 @@
 """Output projection and cross-entropy in one, so that the logits of all tokens never exist at once."""
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,8 +11,15 @@ IGNORE = -100  # a target that is not predicted
 CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}  # logits held at once: on a CPU what its caches hold, on a GPU 0.5 GiB
 LEAST_ROWS = 512  # with fewer tokens to a chunk, adding up the weight's gradient takes longer than the products
 
+Function = TypeVar("Function", bound=Callable)
 
-@torch.compiler.disable  # a loop of many chunks: unrolled by the compiler, it costs more than it gains
+
+def not_compiled(function: Function) -> Function:
+    """`torch.compiler.disable`, which does not declare that what it returns is called like what it takes."""
+    return cast(Function, torch.compiler.disable(function))
+
+
+@not_compiled  # a loop of many chunks: unrolled by the compiler, it costs more than it gains
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of softmax(x weight^T) against targets, accumulated in fp32 whatever the inputs' precision.
 
