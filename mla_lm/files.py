@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
 from mla_lm.errors import UserError
 
@@ -52,7 +52,7 @@ def write_atomically(
         with open(temporary, "xb") as file:
             recorder = _Recorder(file)
             try:
-                write(recorder)
+                write(cast(BinaryIO, recorder))
             except RuntimeError as error:  # torch.save's word for whatever went wrong with the file
                 raise recorder.error or error from error
             file.flush()
@@ -67,7 +67,7 @@ def write_atomically(
             temporary.unlink()
 
 
-def open_own(path: Path, mode: str) -> BinaryIO:
+def open_own(path: Path, mode: str) -> IO[bytes]:
     """`open` for writing that follows no link at the end of `path`, which somebody else may have put there.
 
     Raises:

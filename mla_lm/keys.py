@@ -16,7 +16,10 @@ def key_names(schema: type, prefix: str = "") -> list[str]:
     """Dotted names of all keys of a dataclass of dataclasses, those that hold a value and no further keys."""
     names = []
     for field in fields(schema):
-        names += key_names(field.type, f"{prefix}{field.name}.") if is_dataclass(field.type) else [prefix + field.name]
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            names += key_names(field.type, f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
     return names
 
 

@@ -1,6 +1,7 @@
 """Several documents in one window: where each one begins, and attention that stays within it."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +54,10 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents:
     B, T = q.size(0), q.size(2)
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B * T, H | H_kv, D)
     if takes_all_at_once(q.device, q.dtype, max(q.size(3), v.size(3))):
-        out = _all_at_once(*rows, scale, documents.starts, longest=T)
+        out = _all_at_once(*rows, scale=scale, starts=documents.starts, longest=T)
     else:  # no kernel here takes them all at once, and a mask would be slower than a call for each
         parts = zip(*(t.transpose(0, 1).unsqueeze(0).split(documents.lengths, dim=2) for t in rows), strict=True)
-        out = torch.cat([causal_attention(*part, scale) for part in parts], dim=2).squeeze(0).transpose(0, 1)
+        out = torch.cat([causal_attention(*part, scale=scale) for part in parts], dim=2).squeeze(0).transpose(0, 1)
     return out.unflatten(0, (B, T)).transpose(1, 2)
 
 
@@ -81,4 +82,5 @@ def _all_at_once(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor, 
     width = -(-max(q.size(2), value_dim) // 8) * 8
     q, k, v = (F.pad(t, (0, width - t.size(2))) for t in (q, k, v))
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))  # torch 2.11's kernel does not share key heads
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))[..., :value_dim]
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
+    return cast(Tensor, out)[..., :value_dim]  # a tuple only where more than the output is asked for

@@ -46,8 +46,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     # On CUDA neither mask is stored as a tensor. For T < S, is_causal would align the first query with the first key;
     # causal_lower_right aligns the last query with the last key.
-    mask = {"attn_mask": causal_lower_right(queries, keys)} if queries < keys else {"is_causal": True}
-    out = F.scaled_dot_product_attention(q, k, v, **mask, scale=scale, enable_gqa=k.size(1) < q.size(1))
+    mask = causal_lower_right(queries, keys) if queries < keys else None
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.size(1) < q.size(1)
+    )
     return out[..., :value_dim]
 
 

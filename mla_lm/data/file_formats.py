@@ -141,7 +141,7 @@ def import_datasets() -> ModuleType:
     Raises:
         UserError: its cache folder cannot be made; it needs one even if it stores nothing.
     """
-    import datasets
+    import datasets.config
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised here, in better words than it logs
     try:

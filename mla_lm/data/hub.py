@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mla_lm.data.config import CorpusConfig, DataConfig
 from mla_lm.data.corpus import SPLITS, Source, split_of
@@ -22,7 +22,7 @@ from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetBuilder, IterableDataset
+    from datasets import Dataset, DatasetBuilder, DatasetDict, IterableDataset, IterableDatasetDict
 
 
 def hub_dataset(config: DataConfig) -> Source:
@@ -47,7 +47,9 @@ def hub_dataset(config: DataConfig) -> Source:
     name = f"{config.path}{f' {config.name}' if config.name else ''}{'' if content else f' at {commit}'}"
     return Source(
         description=f"{name}: {rule}",
-        fingerprint=hash_text(f"hub: {rule}", "" if content else config.path, config.name or "", commit, config.column),
+        fingerprint=hash_text(
+            f"hub: {rule}", "" if content else _path(config), config.name or "", commit, config.column
+        ),
         documents=lambda split: _documents(config, commit, own, split),
     )
 
@@ -58,8 +60,14 @@ def _in_words(split: str, name: str | None) -> str:
     return split if name == split else f"{split}={name}"
 
 
+def _path(config: CorpusConfig) -> str:
+    """data.path, which `CorpusConfig.check` has seen to be there."""
+    assert config.path is not None
+    return config.path
+
+
 def _folder(config: CorpusConfig) -> Path | None:
-    folder = Path(config.path).expanduser()
+    folder = Path(_path(config)).expanduser()
     return folder if folder.is_dir() else None
 
 
@@ -115,7 +123,7 @@ def _own_splits(config: CorpusConfig, there: list[str]) -> dict[str, str | None]
 
 
 def _documents(config: CorpusConfig, commit: str, own: dict[str, str | None], split: str) -> Iterator[dict]:
-    values = _values(config, commit, own[split] or own["train"])
+    values = _values(config, commit, own[split] or own["train"] or "train")
     if config.lines:
         return _one_document(values)
     return ({"text": text, "ends": True} for text in values if text and _is_in(text, split, own))
@@ -152,34 +160,39 @@ def _values(config: CorpusConfig, commit: str, split: str) -> Iterator[str]:
             )
             arguments = {"config": asked, "commit": commit, "split": split}
             rows = datasets.Dataset.from_generator(_beginning, gen_kwargs=arguments)
-            return column_values(rows.iter(ROWS), "text", config.path)
+            return column_values(rows.iter(ROWS), "text", _path(config))
         builder = _builder(config, commit)
         if _folder(config):  # as they are: what `datasets` prepares of folders of the same name it confuses
-            return _column(builder.as_streaming_dataset()[split], config)
+            return _column(_streamed(builder, split), config)
         builder.download_and_prepare()
-        return _column(builder.as_dataset()[split], config)
+        return _column(cast("DatasetDict", builder.as_dataset())[split], config)
 
 
 def _beginning(config: CorpusConfig, commit: str, split: str) -> Iterator[dict[str, str]]:
     """Streams whole documents until there are `max_characters`; nothing beyond them is downloaded."""
+    assert config.max_characters is not None
     characters = 0
-    for text in _column(_builder(config, commit).as_streaming_dataset()[split], config):
+    for text in _column(_streamed(_builder(config, commit), split), config):
         yield {"text": text}
         characters += len(text)
         if characters >= config.max_characters:
             return
 
 
+def _streamed(builder: "DatasetBuilder", split: str) -> "IterableDataset":
+    return cast("IterableDatasetDict", builder.as_streaming_dataset())[split]
+
+
 def _column(rows: "Dataset | IterableDataset", config: CorpusConfig) -> Iterator[str]:
     names = rows.column_names  # None where they show only in the rows
     if names and config.column in names:
         rows = rows.select_columns([config.column])  # the others need not be decoded
-    return column_values(_batches(rows, config), config.column, config.path, names)
+    return column_values(_batches(rows, config), config.column, _path(config), names)
 
 
 def _batches(rows: "Dataset | IterableDataset", config: CorpusConfig) -> Iterator[dict[str, list]]:
     with _explained(config):
-        yield from rows.iter(ROWS)
+        yield from cast("Iterator[dict[str, list]]", rows.iter(ROWS))
 
 
 def _builder(config: CorpusConfig, commit: str | None) -> "DatasetBuilder":
@@ -224,7 +237,7 @@ def _explained(config: CorpusConfig) -> Iterator[None]:
         raise UserError(_explanation(config, error)) from error
 
 
-def _explanation(config: CorpusConfig, error: Exception) -> str:
+def _explanation(config: CorpusConfig, error: BaseException) -> str:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mla_lm.errors import UserError
@@ -57,7 +58,9 @@ def from_cache_only(only: bool) -> Iterator[None]:
     """Work offline, if `only`, as with HF_HUB_OFFLINE=1, which the libraries have read already on import."""
     from huggingface_hub import constants
 
-    settings = [constants, sys.modules["datasets.config"]] if "datasets.config" in sys.modules else [constants]
+    settings: list[Any] = [constants]
+    if "datasets.config" in sys.modules:
+        settings.append(sys.modules["datasets.config"])
     before = [module.HF_HUB_OFFLINE for module in settings]
     try:
         for module in settings:

@@ -62,7 +62,7 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, records: list[dict]):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, dtype, shard_tokens
         self.records = records
-        self._digest = digest_file(folder / records[-1]["file"]) if records else None
+        self._digest = digest_file(folder / records[-1]["file"]) if records else xxhash.xxh3_128()
 
     def write(self, tokens: np.ndarray) -> None:
         while len(tokens):

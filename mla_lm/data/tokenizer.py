@@ -43,8 +43,10 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         UserError: the file of kind=file is not a tokenizer, or the one of kind=hub is not available.
     """
     if config.kind == "file":
+        assert config.file is not None  # TokenizerConfig.check
         return load_tokenizer(Path(config.file).expanduser())
     if config.kind == "hub":
+        assert config.path is not None  # likewise
         return load_tokenizer(tokenizer_file(config.path))
     if config.kind == "bpe":
         tokenizer = _train_bpe(texts, config.vocab_size)

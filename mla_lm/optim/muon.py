@@ -1,5 +1,8 @@
 """Muon (https://kellerjordan.github.io/posts/muon, arXiv 2502.16982) for matrices, with AdamW for the rest."""
 
+# pyright: reportPrivateImportUsage=false
+# It is of torch._foreach_*, as torch's own optimisers are.
+
 from collections import defaultdict
 
 import torch
@@ -86,8 +89,9 @@ class MuonAdamW(torch.optim.Optimizer):
         states = [self.state[p] for p in parameters]
         adamw(
             parameters,
-            [p.grad for p in parameters],
-            *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")),
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             fused=group["fused"],

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mla_lm.errors import UserError
+from mla_lm.model.transformer import Transformer
 from mla_lm.optim.muon import MuonAdamW
 
 
@@ -45,7 +46,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, fused: bool = True, dtype: torch.dtype = torch.float32
+    model: Transformer, config: OptimizerConfig, fused: bool = True, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
     """Build the optimiser of a `Transformer`.
 
@@ -54,16 +55,16 @@ def build_optimizer(
         dtype: precision in which Muon orthogonalizes; bf16 is enough where the hardware is fast in it
     """
     groups = parameter_groups(model, config.weight_decay)
-    fused = fused or None  # False would loop over the parameters on every device
+    kernel = fused or None  # False would loop over the parameters on every device
+    betas = (config.betas[0], config.betas[1])
     if config.kind == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=kernel)
     else:
         tables = {id(model.embedding.weight), id(model.head.weight)}  # Muon must not mix their rows, which are tokens
         matrices, rest = groups
         blocks = {**matrices, "params": [p for p in matrices["params"] if id(p) not in tables], "muon": True}
         matrices["params"] = [p for p in matrices["params"] if id(p) in tables]
-        betas = (config.betas[0], config.betas[1])
-        optimizer = MuonAdamW([blocks, matrices, rest], config.lr, betas, config.momentum, fused, dtype)
+        optimizer = MuonAdamW([blocks, matrices, rest], config.lr, betas, config.momentum, kernel, dtype)
     optimizer.register_load_state_dict_pre_hook(_keep_fused)
     return optimizer
 
