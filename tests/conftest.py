@@ -53,7 +53,8 @@ SMALL = (*SMALL_MLA, *SHORT)
 # Every step accumulates four micro-batches of two windows, and dropout draws random numbers.
 ACCUMULATING = ("micro_batch_tokens=64", "model.dropout=0.1", "trainer.max_steps=16")
 
-settings.register_profile("tests", deadline=None, print_blob=True)  # a busy machine is no failure
+# A busy machine is no failure. Most facts that hold for drawn examples fail, where they do, within a few of them.
+settings.register_profile("tests", max_examples=30, deadline=None, print_blob=True)
 settings.load_profile("tests")
 
 

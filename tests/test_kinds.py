@@ -114,7 +114,7 @@ def test_the_cache_has_the_bytes_that_the_kind_says(kind, dtype):
 
 @each_kind
 @torch.no_grad()
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(chunks=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())
 def test_causal_and_the_same_through_the_cache(kind, chunks, data):
     length = min(16, sum(chunks))

@@ -53,7 +53,7 @@ def functions_without(flag: str) -> dict:
 
 @needs_compiler
 @on_every_cpu
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 3),
     heads=st.integers(1, 3),

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig
 from mla_lm.attention.kv_cache import dequantize, quantize
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 @st.composite

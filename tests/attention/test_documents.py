@@ -49,7 +49,7 @@ def test_where_documents_begin():
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 24).flatmap(
         lambda n: st.lists(st.text("0123457", min_size=n, max_size=n), min_size=1, max_size=3)

@@ -11,7 +11,7 @@ from mla_lm import UserError
 from mla_lm.attention import MHA, MLA, MHAConfig, MLAConfig, RotaryEmbedding, YarnConfig, rotate
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 16), st.integers(0, 500), st.integers(0, 500), st.integers(0, 500), st.integers(0, 2**31))
 def test_scores_depend_on_the_distance_alone(half, m, n, shift, seed):
     torch.manual_seed(seed)

@@ -197,7 +197,7 @@ def test_tasks(folder):
 
 
 @given(data=st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_requests_do_not_depend_on_each_other(folder, data):
     """In whatever batch, and whoever shares its context, each has the sum of its own log-probabilities."""
     model = ours(folder, "mla")

@@ -34,7 +34,7 @@ def growing(tokenizer: Tokenizer, prompt: list[int], room: int, stops: tuple[str
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_ids(kind, data):
     """Also those of no text: characters begun and never ended, and ids that no token has."""
     tokenizer = BYTE_LEVEL[kind]
@@ -52,7 +52,7 @@ def test_any_ids(kind, data):
 
 
 @given(st.text("a \né日", min_size=1), st.integers(0, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_tokenizer_that_drops_the_first_space(text, prompt_length):
     tokenizer = like_sentencepiece()
     ids = tokenizer.encode(text).ids

@@ -162,7 +162,7 @@ def test_an_unknown_reduction_is_refused():
         linear_cross_entropy(*inputs(), reduction="sum")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     rows=st.integers(1, 9),
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 8), st.integers(1, 8), st.integers(1, 12)),

@@ -113,7 +113,7 @@ def test_the_rest_moves_as_under_adamw():
         assert torch.allclose(p, q, atol=1e-7) == (p.ndim < 2 or name == "embedding.weight"), name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.tuples(st.integers(1, 4), st.integers(2, 24), st.integers(0, 24)),
     bf16=st.booleans(),

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -38,7 +38,6 @@ def file(tmp_path_factory):
     return tmp_path_factory.mktemp("config") / "config.yaml"
 
 
-@settings(deadline=None)
 @given(
     st.lists(texts, max_size=3),
     st.none() | texts | st.lists(texts, max_size=2),

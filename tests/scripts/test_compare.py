@@ -234,7 +234,7 @@ def test_seeds_validated_at_other_steps_share_the_steps_they_have(runs, tmp_path
     assert list(axes.lines[0].get_xdata()) == [6 * 256]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(points=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), min_size=2, max_size=9))
 def test_labels_of_points_do_not_overlap(points):
     axes = Figure(figsize=(5, 4)).subplots()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM, LlamaForCausalLM
 
@@ -126,7 +126,6 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(folder / "out")
 
 
-@settings(deadline=None)
 @given(text=st.text() | st.sampled_from(("<|endoftext|>", "a <|endoftext|>b", " a , b ! it 's")))
 def test_the_tokenizer_encodes_and_decodes_as_ours(tokenizer, text):
     """With the token before it that begins a document; its name in a text is text."""

@@ -99,7 +99,7 @@ EXPERTS = {"n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_gro
            "moe_intermediate_size", "routed_scaling_factor", "num_nextn_predict_layers"}  # fmt: skip
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(shape=deepseeks(), interleaved=st.booleans())
 def test_deepseek_v3(tmp_path_factory, shape, interleaved):
     folder = tmp_path_factory.mktemp("import")
@@ -110,7 +110,7 @@ def test_deepseek_v3(tmp_path_factory, shape, interleaved):
         assert_comes_back(folder / "in", folder / "run", folder / "out")
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(shape=deepseeks())
 def test_deepseek_v2(tmp_path_factory, shape):
     folder = tmp_path_factory.mktemp("import")
@@ -120,7 +120,7 @@ def test_deepseek_v2(tmp_path_factory, shape):
     assert_comes_back(folder / "in", folder / "run", folder / "out")
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(shape=shapes(), kv_heads=st.sampled_from((1, 2, 4)), bias=st.booleans())
 def test_llama(tmp_path_factory, shape, kv_heads, bias):
     folder = tmp_path_factory.mktemp("import")
