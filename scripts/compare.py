@@ -46,18 +46,18 @@ def main() -> None:
         )
     rows = named_rows(same_but_for_seed(runs))
     columns = [column for column in COLUMNS if not (args.across_data and column[0] in OF_ONE_TOKENIZER)]
-    cells = [[name, *cells_of(row, columns)] for name, row in rows.items()]
-    headings = ["run", *(heading for _, heading, _ in columns)]
+    cells = [["run", *(heading for _, heading, _ in columns)]]
+    cells += [[name, *cells_of(row, columns)] for name, row in rows.items()]
     above, below = [], []
     if different:
         above = [caption(runs), ""]
     if len({run.figures["tokens_seen"] for run in runs}) > 1:
         below = ["", "These runs have seen different numbers of tokens, which may be all that sets them apart."]
-    say(*above, table(headings, cells, left=2), *below)
+    say(*above, table(cells, left=2), *below)
     if args.out:
         from mla_lm.study.plot import plot  # needs matplotlib, which the table does not
 
-        lines = (*above, markdown(headings, cells, left=2), *below, "")
+        lines = (*above, markdown(cells, left=2), *below, "")
         write(Path(args.out) / "comparison.md", printable("\n".join(lines)).encode())
         write(Path(args.out) / "comparison.csv", every_run(runs).encode())
         folders = {name: [run.folder for run in row] for name, row in rows.items()}

@@ -22,6 +22,7 @@ from mla_lm.inference.texts import tokens_of_files, tokens_of_split
 from mla_lm.runs.load import load_run
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import say
+from mla_lm.terminal.tables import table
 
 
 def parse() -> argparse.Namespace:
@@ -91,9 +92,8 @@ def main() -> None:
     figures = {"run": args.run, "text": text, "stride": stride, "tokens": int(totals[1]), **metrics_of(totals)}
     if args.cache:
         figures |= {"kv_cache": args.cache, "kv_cache_bytes_per_token": model.new_cache(1, 1, cache_dtype).nbytes}
-    width = max(map(len, figures)) + 1
-    for name, value in figures.items():
-        say(f"{name:{width}}{value:.4f}" if isinstance(value, float) else f"{name:{width}}{value}")
+    shown = [f"{value:.4f}" if isinstance(value, float) else str(value) for value in figures.values()]
+    say(table(zip(figures, shown, strict=True), left=2))
     if args.by_position:
         say(f"\n{position_table({'loss': sums})}")
         figures |= {"loss_by_position": losses(sums), "tokens_by_position": sums[1].int().tolist()}
@@ -119,13 +119,13 @@ def check_tasks(args: argparse.Namespace) -> None:
 
 def evaluate_in_tasks(args: argparse.Namespace, device: str) -> None:
     try:  # lm-eval is an extra, and slow to import
-        from mla_lm.inference.lm_eval_tasks import evaluate_tasks, table, task_manager
+        from mla_lm.inference.lm_eval_tasks import evaluate_tasks, results_table, task_manager
     except ImportError as error:
         raise UserError(f"--tasks needs lm-eval ({error}):\n  pip install -r requirements-eval.txt") from error
 
     run = load_run(args.run, device)
     results = evaluate_tasks(run, args.tasks.split(","), task_manager(args.include_path), args.limit)
-    say(table(results))
+    say(results_table(results))
     if args.json:
         kept = ("results", "groups", "versions", "n-shot", "n-samples", "cut_requests", "lm_eval_version")
         figures = {"run": args.run, "limit": args.limit} | {name: results[name] for name in kept if name in results}

@@ -47,7 +47,7 @@ def main() -> None:
     say(f"written     {shlex.quote(str(out))}: model.safetensors in {args.dtype}, tokenizer, README.md")
     say(f'load        AutoModelForCausalLM.from_pretrained("{out}")')
     verdicts = [(verdict.engine, verdict.word, "; ".join(verdict.notes)) for verdict in engines_for(config.model)]
-    say("", table(("engine", "takes it", "note"), verdicts, left=3), "")
+    say("", table([("engine", "takes it", "note"), *verdicts], left=3), "")
     if args.check:
         model, tokenizer, config = load_run(args.run)
         tokens = tokens_of_split(args.run, "test", tokenizer, config, args.trust)

@@ -149,14 +149,14 @@ def training_lines(config: TrainConfig, memory: TrainingMemory, precision: str, 
     cells = [(name, human_bytes(plain) if plain else "-", human_bytes(kept)) for name, plain, kept in rows if kept]
     return [
         f"training on each {device} device in {precision}: {step}, {batch} x {config.model.seq_len:,} tokens at once",
-        table(("", "plain", "checkpointing"), cells),
+        table([("", "plain", "checkpointing"), *cells]),
     ]
 
 
 def cache_lines(config: TrainConfig, batch: int, context: int, dtype: torch.dtype) -> list[str]:
     """The KV cache beside that of MHA, GQA and MQA of the same num_layers, num_heads and d_model."""
     model = config.model
-    rows = []
+    rows = [("", "bytes a token", "all", "of MHA")]
     for size in same_size_as(model):
         per_token = size.cache_bytes_per_token(model.num_layers, dtype)
         share = size.cache_elements_per_token_per_layer / (2 * model.d_model)
@@ -165,7 +165,7 @@ def cache_lines(config: TrainConfig, batch: int, context: int, dtype: torch.dtyp
         rows.append((f"{mark} {size.attention}", f"{per_token:,}", total, f"{share:.3f}"))
     return [
         f"KV cache of {batch:,} x {context:,} tokens in {_name(dtype)}",
-        table(("", "bytes a token", "all", "of MHA"), rows),
+        table(rows),
     ]
 
 

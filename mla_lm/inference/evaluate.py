@@ -119,13 +119,13 @@ def position_table(columns: dict[str, Tensor]) -> str:
         columns: maps each heading to sums of `sums_by_position`, (3, T)
     """
     first = next(iter(columns.values()))
-    rows = []
+    rows = [["position", "tokens", *columns]]
     for start, end in ranges(first.shape[1]):
         counts = [sums[:2, start:end].sum(-1).tolist() for sums in columns.values()]
         if all(tokens for _, tokens in counts):
             name = f"{start}" if end == start + 1 else f"{start}-{end - 1}"
             rows.append([name, f"{int(counts[0][1]):,}", *(f"{nats / tokens:.4f}" for nats, tokens in counts)])
-    return table(["position", "tokens", *columns], rows)
+    return table(rows)
 
 
 def ranges(length: int) -> list[tuple[int, int]]:

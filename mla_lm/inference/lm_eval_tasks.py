@@ -64,7 +64,7 @@ def evaluate_tasks(
     return {**results, "cut_requests": model.cut, "lm_eval_version": lm_eval.__version__}
 
 
-def table(results: dict[str, Any]) -> str:
+def results_table(results: dict[str, Any]) -> str:
     """Format the result of `evaluate_tasks` as the harness does."""
     text = "\n".join(make_table(results, column) for column in ("results", "groups") if column in results)
     if cut := results["cut_requests"]:

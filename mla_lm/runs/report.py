@@ -20,7 +20,7 @@ def size_table(config: TrainConfig, dtype: torch.dtype) -> str:
     """Parameters, FLOPs and cache of the model beside MHA, GQA and MQA of the same dimensions, as text."""
     headings = ("", "parameters", "FLOPs/token", "cache B/token", f"cache at {config.model.seq_len}", "vs MHA")
     mha = 2 * config.model.d_model
-    return table(headings, [_size_row(size, config, dtype, mha) for size in same_size_as(config.model)])
+    return table([headings, *(_size_row(size, config, dtype, mha) for size in same_size_as(config.model))])
 
 
 def _size_row(size: ModelSize, config: TrainConfig, dtype: torch.dtype, mha_elements: int) -> tuple[str, ...]:

@@ -208,12 +208,11 @@ def trial_table(trials: list[Trial]) -> str:
     summaries = [trial.run.summary() if trial.status == "finished" else {} for trial in trials]
     caches = {summary["kv_cache_bytes_per_token"] for summary in summaries if summary}
     columns = COLUMNS if len(caches) > 1 else COLUMNS[:-1]
-    headings = ["run", *keys, "status", *(heading for _, heading, _ in columns)]
-    rows = []
+    rows = [["run", *keys, "status", *(heading for _, heading, _ in columns)]]
     for trial, own, summary in zip(trials, overrides, summaries, strict=True):
         figures = [form.format(summary[key]) if summary else "-" for key, _, form in columns]
         rows.append([trial.name, *(_short(own.get(key, "-")) for key in keys), trial.status, *figures])
-    return table(headings, rows, left=len(keys) + 2)
+    return table(rows, left=len(keys) + 2)
 
 
 def _short(value: str) -> str:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from mla_lm.terminal.tables import table
+
 PACKAGE = "# @package"  # a directive of Hydra, on a line that looks like a comment
 
 
@@ -23,8 +25,8 @@ def describe_options(conf: Path) -> str:
         for group, chosen in default.items() if OmegaConf.is_dict(default) else ():
             if not group.startswith("override hydra/"):
                 files = sorted((conf / group).glob("*.yaml"))
-                lines = [f"{'*' if file.stem == chosen else ' '} {file.stem:20} {_description(file)}" for file in files]
-                blocks.append("\n".join([f"{group}=", *lines]))
+                rows = [(f"{'*' if file.stem == chosen else ' '} {file.stem}", _description(file)) for file in files]
+                blocks.append(f"{group}=\n{table(rows, left=2)}")
     return "\n\n".join(blocks)
 
 

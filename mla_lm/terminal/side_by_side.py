@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 READABLE = 24  # cells that a column needs
-FRAME = 0.05  # seconds that a drawing stays at least: one for each token would slow the tokens down
+FRAME = 0.1  # seconds that a drawing stays at least: one for each token would slow the tokens down
 
 
 class Column(NamedTuple):

@@ -9,19 +9,19 @@ from mla_lm.terminal.plain_text import printable
 UNLIMITED = 100_000  # cells, wider than any table
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+def table(rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Columns beside each other. Names, paths and prompts in them are shown as they are, control characters escaped.
 
     Where a terminal is too narrow, cells are folded between words. If that is not enough, rows become columns. A word
     is never split. In a file or pipe, nothing is folded.
 
     Args:
-        rows: each with as many cells as there are headings
+        rows: of equal length; the first may be headings
         left: number of columns aligned left; those after them, of figures, are aligned right
     """
     from rich.cells import cell_len
 
-    cells = [[_one_line(cell) for cell in row] for row in (headings, *rows)]
+    cells = [[_one_line(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         for text in (_draw(cells, left, width), _draw(list(zip(*cells, strict=True)), 1, width)):
@@ -30,9 +30,9 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
     return _draw(cells, left, UNLIMITED)
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """The same table in Markdown."""
-    return _draw([[_one_line(cell).replace("|", r"\|") for cell in row] for row in (headings, *rows)], left)
+def markdown(rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """The same table in Markdown, where the first row must be headings."""
+    return _draw([[_one_line(cell).replace("|", r"\|") for cell in row] for row in rows], left)
 
 
 def _one_line(cell: str) -> str:
@@ -47,14 +47,16 @@ def _draw(cells: Sequence[Sequence[str]], left: int, width: int | None = None) -
     from rich.table import Table
     from rich.text import Text
 
-    style = {"box": box.MARKDOWN} if width is None else {"box": None, "padding": (0, 2, 0, 0), "pad_edge": False}
-    drawn = Table(**style)
+    if width is None:
+        drawn, first = Table(box=box.MARKDOWN), 1
+    else:
+        drawn, first = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False), 0
     columns = list(zip(*cells, strict=True))
     needed = [max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in columns]
     for number, column in enumerate(columns):
         justify = "left" if number < left else "right"
         drawn.add_column(Text(column[0]), justify=justify, min_width=needed[number], overflow="fold")
-    for row in cells[1:]:
+    for row in cells[first:]:
         drawn.add_row(*map(Text, row))
     console = Console()
     width = UNLIMITED if width is None else max(width, sum(needed) + 2 * len(needed))

@@ -49,7 +49,7 @@ def main() -> None:
         print(" ".join(f"{name}={value}" for name, value in line.items()))
     result = bench(argparse.Namespace(**args))
     rows = result["rows"]
-    print(table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows]))
+    print(table([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]))
     for name, value in result["ratios"].items():
         print(f"ratio to {name}: {', '.join(map(cell, value)) if isinstance(value, list) else cell(value)}")
     if out:

@@ -69,7 +69,7 @@ def main() -> None:
         seconds[name] = time.monotonic() - began
         report(name, rows[name], seconds[name])
     lines = [[ROWS[name].TEST, "yes" if not row.failures else "no", row.figure] for name, row in rows.items()]
-    print(f"\n{table(('test', 'held', 'figure'), lines, left=3)}")
+    print(f"\n{table([('test', 'held', 'figure'), *lines], left=3)}")
     if args.json:
         write_json(Path(args.json), seed, args.quick, rows, seconds)
     if broken := [name for name, row in rows.items() if row.failures]:

@@ -70,7 +70,7 @@ def test_through_the_cache(folder):
     assert int8["loss"] == pytest.approx(plain["loss"], rel=1e-3)
     # 2 layers of 16 + 4 elements; in int8 with two scales of 2 bytes
     assert (fp32["kv_cache_bytes_per_token"], int8["kv_cache_bytes_per_token"]) == (2 * 20 * 4, 2 * (20 + 4))
-    assert "kv_cache_bytes_per_token 48" in run(folder, "--cache", "int8").stdout
+    assert "kv_cache_bytes_per_token  48" in run(folder, "--cache", "int8").stdout
     refused(run(folder, "--cache", "int4"), "--cache", "int4", "int8")
 
 

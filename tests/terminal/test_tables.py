@@ -28,20 +28,20 @@ def on_width(width: int, rows: list[list[str]]) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", Terminal())
         patch.setenv("COLUMNS", str(width))
-        return table(rows[0], rows[1:])
+        return table(rows)
 
 
 def test_names_are_left_and_figures_right():
-    assert table(["run", "status", "loss"], [["mla", "finished", "1.25"], ["x", "failed", "-"]], left=2) == (
+    assert table([["run", "status", "loss"], ["mla", "finished", "1.25"], ["x", "failed", "-"]], left=2) == (
         "run  status    loss\nmla  finished  1.25\nx    failed       -"
     )
-    assert table(["", "a"], [["> mla", "1"], ["  mha", "22"]]) == "        a\n> mla   1\n  mha  22"
-    assert table(["run", "loss"], []) == "run  loss"
+    assert table([["", "a"], ["> mla", "1"], ["  mha", "22"]]) == "        a\n> mla   1\n  mha  22"
+    assert table([["run", "loss"]]) == "run  loss"
 
 
 def test_in_a_file_nothing_is_cut_or_folded():
     name = "a long name of a run " * 20 + "x" * 300
-    heading, line = table(["run", "validation loss"], [[name, "1 ± 2"]]).split("\n")
+    heading, line = table([["run", "validation loss"], [name, "1 ± 2"]]).split("\n")
     assert heading == "run".ljust(len(name)) + "  validation loss"
     assert line == name + "1 ± 2".rjust(2 + len("validation loss"))
 
@@ -49,17 +49,17 @@ def test_in_a_file_nothing_is_cut_or_folded():
 def test_others_text_is_only_text():
     name = "[red]x[/red] :smile: \x1b[31m\n\u202e[link=http://x]"
     shown = r"[red]x[/red] :smile: \x1b[31m\n\u202e[link=http://x]"
-    assert table(["run", "loss"], [[name, "1"]]).split("\n")[1] == f"{shown}     1"
-    assert table([name], []) == shown
+    assert table([["run", "loss"], [name, "1"]]).split("\n")[1] == f"{shown}     1"
+    assert table([[name]]) == shown
 
 
 def test_wide_characters_take_two_cells():
-    lines = table(["", "loss"], [["日本語", "1.5"], ["mla", "2"]]).split("\n")
+    lines = table([["", "loss"], ["日本語", "1.5"], ["mla", "2"]]).split("\n")
     assert {cell_len(line) for line in lines} == {len("日本語") * 2 + 2 + len("loss")}
 
 
 def test_no_colours_even_where_they_are_forced():
-    program = "from mla_lm.terminal.tables import table; print(table(['a', 'b'], [['x', '1']]))"
+    program = "from mla_lm.terminal.tables import table; print(table([['a', 'b'], ['x', '1']]))"
     environment = {**os.environ, "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
@@ -68,16 +68,16 @@ def test_no_colours_even_where_they_are_forced():
 
 
 def test_markdown():
-    text = markdown(["run", "loss"], [["a|b", "1.5"], ["mla", "12.5"]])
+    text = markdown([["run", "loss"], ["a|b", "1.5"], ["mla", "12.5"]])
     assert text == "| run  | loss |\n|------|------|\n| a\\|b |  1.5 |\n| mla  | 12.5 |"
 
 
 def test_a_terminal_that_is_too_narrow_folds_between_words():
     rows = [["run", "validation loss"], ["a first run", "1.25"]]
-    assert on_width(28, rows) == table(rows[0], rows[1:])
+    assert on_width(28, rows) == table(rows)
     assert on_width(27, rows).split("\n") == [
-        "                 validation",
-        "run                    loss",
+        "run              validation",
+        "                       loss",
         "a first run            1.25",
     ]
 
