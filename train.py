@@ -17,12 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from mla_lm.config import TrainConfig, make_paths_absolute, register_schema
+from mla_lm.config import TrainConfig, register_schema, with_absolute_paths
 from mla_lm.errors import TrainingFailed, UserError
 from mla_lm.runs import trust
 from mla_lm.runs.folder import RunFolder, find_run
 from mla_lm.runs.resume import GROUPS, WHOLE, different_keys, resumed_config, started_config
-from mla_lm.runs.resume_point import named_start, newest_start
+from mla_lm.runs.resume_point import ResumePoint, named_resume_point, newest_resume_point
 from mla_lm.study import sweep
 from mla_lm.terminal import cli
 from mla_lm.terminal.help_page import register_options
@@ -58,46 +58,49 @@ def job(composed: DictConfig) -> float | None:
         return None
 
 
-def train_run(config: TrainConfig, run: RunFolder, overrides: list[str]) -> float:
+def train_run(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> float:
     """Settle which configuration counts, refuse to write over another run, and train."""
-    make_paths_absolute(config)
+    composed = with_absolute_paths(composed)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
-    if multirun:
-        sweep.label(config, HydraConfig.get())
-    if config.ckpt_path and config.init_from:
+    sweep_job = sweep.job_of(HydraConfig.get()) if multirun else None
+    if composed.ckpt_path and composed.init_from:
         raise UserError("ckpt_path goes on with a run, init_from begins a new one: give one of them")
-    goes_on, checkpoint = bool(config.ckpt_path), None
-    if goes_on:
-        run, checkpoint = find_run(config.ckpt_path)
+    config, checkpoint = composed, None
+    if composed.ckpt_path:
+        run, checkpoint = find_run(composed.ckpt_path)
         trust.check_links(run)
-        resumed = resumed_config(config, run, overrides)
-        config = trust.with_agreed_paths(resumed, run, config.trust, "agree with trust=true", config)
-    elif config.init_from:
-        config = started_config(config, find_run(config.init_from)[0], overrides)
+        resumed = resumed_config(composed, run, overrides)
+        config = trust.with_agreed_paths(resumed, run, composed.trust, "agree with trust=true", composed)
+    elif composed.init_from:
+        config = started_config(composed, find_run(composed.init_from)[0], overrides)
     config.check()
-    check_launch(config, multirun, goes_on)
+    check_launch(config, multirun, bool(composed.ckpt_path))
 
     from mla_lm.training.loop import train  # lightning and torch.compile: not needed to refuse a mistake
 
     with run.lock() if is_first_process() else nullcontext():
-        if goes_on:
-            start = named_start(checkpoint) if checkpoint else newest_start(run, config.trainer.max_steps)
-            if start is None:
-                raise UserError(
-                    f"{run.path} stopped before its first checkpoint: begin it again, hydra.run.dir={run.path}"
-                )
-            return train(config, run, start)
-        start, key = None, "hydra.sweep.dir" if multirun else "hydra.run.dir"
+        if composed.ckpt_path:
+            return train(config, run, chosen_resume_point(config, run, checkpoint))
+        resume_point, key = None, "hydra.sweep.dir" if multirun else "hydra.run.dir"
         if (multirun or config.run.resume) and run.config_file.is_file():
             if different := different_keys(config, run):
                 refuse_to_write_over(run, key, f", with another {' and '.join(different[:3])}")
             if run.is_finished:
                 say(f"skipped     {run.path}: it has finished")
                 return run.summary()["val_loss"]
-            start = newest_start(run, config.trainer.max_steps)
-        if not start and is_first_process():
+            resume_point = newest_resume_point(run, config.trainer.max_steps)
+        if not resume_point and is_first_process():
             refuse_to_write_over(run, key)
-        return train(config, run, start, overrides if multirun else None)
+        return train(config, run, resume_point, sweep_job)
+
+
+def chosen_resume_point(config: TrainConfig, run: RunFolder, checkpoint: Path | None) -> ResumePoint:
+    """The checkpoint that ckpt_path names, or the newest of the run that it names; UserError where it has none."""
+    if checkpoint:
+        return named_resume_point(checkpoint)
+    if resume_point := newest_resume_point(run, config.trainer.max_steps):
+        return resume_point
+    raise UserError(f"{run.path} stopped before its first checkpoint: begin it again, hydra.run.dir={run.path}")
 
 
 def check_launch(config: TrainConfig, multirun: bool, goes_on: bool) -> None:

@@ -1,15 +1,18 @@
 """The configuration of a training run: every key, its type, and what must hold between keys."""
 
+import copy
 import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 from hydra.core.config_store import ConfigStore
 
-from mla_lm.data.config import DataConfig
+from mla_lm import keys
+from mla_lm.data.config import DataConfig, PartConfig
 from mla_lm.errors import UserError
-from mla_lm.keys import flatten
+from mla_lm.keys import ADJUSTABLE, FROM_MACHINE, INCIDENTAL, RUN_PATH, check_at_least, check_choice, flatten, marked
 from mla_lm.model.config import TransformerConfig
 from mla_lm.optim.optimizer import OptimizerConfig
 from mla_lm.optim.schedule import ScheduleConfig
@@ -28,13 +31,20 @@ KV_CACHE_DTYPES = (None, "int8")
 class TrainerConfig:
     """How long and on what; the names are those of lightning.Trainer."""
 
-    max_steps: int = 3600  # optimizer steps
-    accelerator: str = "auto"  # auto | cpu | gpu | mps
-    devices: int = 1
-    num_nodes: int = 1
-    precision: str = "auto"  # auto | bf16-mixed | 16-mixed | 32-true
-    profiler: str | None = None  # simple | advanced
+    max_steps: int = marked(3600, ADJUSTABLE)  # optimizer steps
+    accelerator: str = marked("auto", INCIDENTAL | FROM_MACHINE)  # auto | cpu | gpu | mps
+    devices: int = marked(1, INCIDENTAL)
+    num_nodes: int = marked(1, INCIDENTAL)
+    precision: str = marked("auto", ADJUSTABLE | FROM_MACHINE)  # auto | bf16-mixed | 16-mixed | 32-true
+    profiler: str | None = marked(None, INCIDENTAL)  # simple | advanced
     overfit_batches: int | None = None  # train on the batches of the first so many steps only, again and again
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be."""
+        check_at_least(1, self, "trainer.", "max_steps", "devices", "num_nodes", "overfit_batches")
+        check_choice("trainer.precision", self.precision, PRECISIONS)
+        check_choice("trainer.accelerator", self.accelerator, ACCELERATORS)
+        check_choice("trainer.profiler", self.profiler, PROFILERS)
 
 
 @dataclass
@@ -42,10 +52,20 @@ class CheckpointConfig:
     every_n_steps: int = 300
     keep_last: int = 2  # last.ckpt, last-1.ckpt and so on: a resume takes the newest that is whole
 
+    def check(self) -> None:
+        """Raises UserError for values that cannot be."""
+        check_at_least(1, self, "checkpoint.", "every_n_steps", "keep_last")
+        if self.keep_last > MOST_KEPT:
+            raise UserError(f"checkpoint.keep_last={self.keep_last} must be at most {MOST_KEPT}")
+
 
 @dataclass
 class RunConfig:
     resume: str | None = None  # auto: go on with the run in hydra.run.dir where there is one, or begin it
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be."""
+        check_choice("run.resume", self.resume, RESUME)
 
 
 @dataclass
@@ -54,8 +74,20 @@ class LoggerConfig:
 
     kind: str = "wandb"  # wandb | tensorboard | none
     project: str = "mla-lm"
-    group: str | None = None
+    group: str | None = None  # None: in a sweep, that of SweepJob
     name: str | None = None
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot be."""
+        check_choice("logger.kind", self.kind, LOGGERS)
+
+
+class SweepJob(NamedTuple):
+    """What a run knows of the sweep that it is a job of."""
+
+    overrides: list[str]  # the command line that makes this run by itself
+    group: str  # of all its runs in wandb: date and time of its folder
+    tags: list[str]  # of all its runs in wandb: its name in conf/sweep/, where it has one
 
 
 @dataclass
@@ -65,34 +97,43 @@ class SamplesConfig:
     max_tokens: int = 64  # 0: none are made
     temperature: float = 0.8
 
+    def check(self) -> None:
+        """Raises UserError for values that cannot be."""
+        if self.max_tokens < 0 or not self.temperature >= 0:
+            raise UserError("samples.max_tokens and samples.temperature must be at least 0")
+
 
 @dataclass
 class TrainConfig:
     """Everything `train.py` reads; the groups of conf/ fill it."""
 
     seed: int = 1
-    compile: bool | None = None  # None: where it pays within the run
-    ckpt_path: str | None = None  # a run folder, or a checkpoint in one: go on with that run
-    init_from: str | None = None  # a run folder: begin a new run with its weights and tokenizer
-    trust: bool = False  # ckpt_path: the paths of a run that was made elsewhere may be used
+    compile: bool | None = marked(None, INCIDENTAL | FROM_MACHINE)  # None: where it pays within the run
+    ckpt_path: str | None = marked(None, INCIDENTAL)  # a run folder, or a checkpoint in one: go on with that run
+    init_from: str | None = marked(None, RUN_PATH)  # a run folder: begin a new run with its weights and tokenizer
+    trust: bool = marked(False, INCIDENTAL)  # ckpt_path: the paths of a run that was made elsewhere may be used
     tokens_per_step: int = 2048  # over all devices and accumulated micro-batches
-    micro_batch_tokens: int = 8192  # at most this many go through a device at once; accumulation follows
-    val_every_n_steps: int = 300
-    log_every_n_steps: int = 20
-    kv_cache_dtype: str | None = None  # int8: the cache whose bytes are measured and logged; None: of the precision
-    loss_by_position: bool = False  # before and after training, as a table and a plot in the run folder
-    on_nonfinite: str = "stop"  # stop | skip: what to do at a step whose loss or gradient is not finite
-    step_timeout: int = 1800  # seconds without a step after which the run is given up; 0: never
-    tags: list[str] = field(default_factory=list)
-    run: RunConfig = field(default_factory=RunConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    # at most this many go through a device at once; accumulation follows
+    micro_batch_tokens: int = marked(8192, INCIDENTAL)
+    val_every_n_steps: int = marked(300, INCIDENTAL)
+    log_every_n_steps: int = marked(20, INCIDENTAL)
+    # int8: the cache whose bytes are measured and logged; None: of the precision
+    kv_cache_dtype: str | None = marked(None, INCIDENTAL)
+    # before and after training, as a table and a plot in the run folder
+    loss_by_position: bool = marked(False, INCIDENTAL)
+    # stop | skip: what to do at a step whose loss or gradient is not finite; as long as all are, it changes nothing
+    on_nonfinite: str = marked("stop", INCIDENTAL)
+    step_timeout: int = marked(1800, INCIDENTAL)  # seconds without a step after which the run is given up; 0: never
+    tags: list[str] = field(default_factory=list, metadata=INCIDENTAL)
+    run: RunConfig = field(default_factory=RunConfig, metadata=INCIDENTAL)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=INCIDENTAL)
+    samples: SamplesConfig = field(default_factory=SamplesConfig, metadata=INCIDENTAL)
     model: TransformerConfig = field(default_factory=TransformerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig, metadata=INCIDENTAL)
 
     @property
     def sequences_per_step(self) -> int:
@@ -122,130 +163,91 @@ class TrainConfig:
             UserError: naming the key and what would be right.
         """
         self.model.layer_config()
-        self.data.check()
-        self.optimizer.check()
-        self.schedule.check()
-        counts = {
-            "trainer.max_steps": self.trainer.max_steps,
-            "trainer.devices": self.trainer.devices,
-            "trainer.num_nodes": self.trainer.num_nodes,
-            "val_every_n_steps": self.val_every_n_steps,
-            "log_every_n_steps": self.log_every_n_steps,
-            "checkpoint.every_n_steps": self.checkpoint.every_n_steps,
-            "checkpoint.keep_last": self.checkpoint.keep_last,
-            "micro_batch_tokens": self.micro_batch_tokens,
-        }
-        if self.trainer.overfit_batches is not None:
-            counts["trainer.overfit_batches"] = self.trainer.overfit_batches
-        for name, value in counts.items():
-            if value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
-        if self.model.attention.yarn.factor != 1 and not self.init_from:
+        for section in (self.data, self.optimizer, self.schedule, self.trainer):
+            section.check()
+        for section in (self.run, self.checkpoint, self.samples, self.logger):
+            section.check()
+        self._check_own_keys()
+        self._check_between_sections()
+
+    def _check_own_keys(self) -> None:
+        check_at_least(1, self, "", "val_every_n_steps", "log_every_n_steps", "micro_batch_tokens")
+        check_at_least(0, self, "", "step_timeout")
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must be at least 0 and below 2**32")
+
+    def _check_between_sections(self) -> None:
+        if (factor := self.model.attention.yarn.factor) != 1 and not self.init_from:
             raise UserError(
-                f"model.attention.yarn.factor={self.model.attention.yarn.factor} extends the context of a trained run: "
-                "give init_from=RUN"
+                f"model.attention.yarn.factor={factor} extends the context of a trained run: give init_from=RUN"
             )
         unit = self.model.seq_len * self.world_size
         if self.tokens_per_step < unit or self.tokens_per_step % unit:
             raise UserError(
                 f"tokens_per_step={self.tokens_per_step} must be a multiple of model.seq_len x devices = {unit}"
             )
-        for name, value, choices in (
-            ("trainer.precision", self.trainer.precision, PRECISIONS),
-            ("trainer.accelerator", self.trainer.accelerator, ACCELERATORS),
-            ("trainer.profiler", self.trainer.profiler, PROFILERS),
-            ("logger.kind", self.logger.kind, LOGGERS),
-            ("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES),
-            ("on_nonfinite", self.on_nonfinite, ON_NONFINITE),
-            ("run.resume", self.run.resume, RESUME),
-        ):
-            if value not in choices:
-                raise UserError(f"{name}={value} is unknown: one of {', '.join(map(str, choices))}")
-        if self.checkpoint.keep_last > MOST_KEPT:
-            raise UserError(f"checkpoint.keep_last={self.checkpoint.keep_last} must be at most {MOST_KEPT}")
-        if self.step_timeout < 0:
-            raise UserError(f"step_timeout={self.step_timeout} must be at least 0")
-        if self.samples.max_tokens < 0 or not self.samples.temperature >= 0:
-            raise UserError("samples.max_tokens and samples.temperature must be at least 0")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed={self.seed} must be at least 0 and below 2**32")
 
 
-# Keys that say where, on what and how visibly a run goes, but not what it computes.
-INCIDENTAL = (
-    "ckpt_path",
-    "trust",
-    "compile",
-    "micro_batch_tokens",
-    "model.activation_checkpointing",
-    "val_every_n_steps",
-    "log_every_n_steps",
-    "kv_cache_dtype",
-    "loss_by_position",
-    "on_nonfinite",  # which changes nothing as long as all numbers are finite
-    "step_timeout",
-    "tags",
-    "run",
-    "checkpoint",
-    "samples",
-    "trainer",
-    "logger",
-    "data.cache_dir",
-    "data.num_workers",
-    "data.prompts",
-)
+MARKS = keys.marks(TrainConfig)
+DEFAULTS = flatten(asdict(TrainConfig()))
 
 
-def is_incidental(key: str) -> bool:
-    """Whether a dotted key changes nothing of what a run means."""
-    if key == "trainer.overfit_batches":
-        return False
-    return any(key == name or key.startswith(name + ".") for name in INCIDENTAL)
+def may_change(key: str) -> bool:
+    """Whether a run may go on with another value of a dotted key."""
+    return "incidental" in MARKS[key] or "adjustable" in MARKS[key]
+
+
+def is_left_open(key: str, value: Any) -> bool:
+    """Whether a dotted key is one that the data or the machine fill in, and this value leaves it to them."""
+    return "filled_in" in MARKS[key] and value == DEFAULTS[key]
 
 
 def differing(configs: list[TrainConfig]) -> list[str]:
     """Dotted keys by which these configurations differ, in the order of the fields.
 
-    Left out are incidental keys, other than the steps and the precision, and what train.py fills in from other keys.
+    Left out are keys that change nothing of what a run computes, and those that the data fill in.
     """
     flat = [flatten(asdict(config)) for config in configs]
-    filled_in = ("model.vocab_size", "model.document_token")
-    kept = ("trainer.max_steps", "trainer.precision")
-    keys = [key for key in flat[0] if key in kept or not (is_incidental(key) or key in filled_in)]
-    return [key for key in keys if any(config[key] != flat[0][key] for config in flat)]
+    compared = [k for k in flat[0] if "incidental" not in MARKS[k] and MARKS[k].get("filled_in") != "data"]
+    return [key for key in compared if any(config[key] != flat[0][key] for config in flat)]
 
 
 def config_hash(config: TrainConfig) -> str:
     """Hex hash of what decides the result: the resolved config less paths, logging and hardware."""
-
-    def without_paths(flat: dict) -> dict:  # a `path` that is no folder is a name on the Hub
-        here = ("init_from", "files", "file")
-        return {k: v for k, v in flat.items() if k.split(".")[-1] not in here and not os.path.isabs(str(v))}
-
-    kept = {k: v for k, v in without_paths(flatten(asdict(config))).items() if not is_incidental(k)}
-    kept["data.parts"] = [without_paths(flatten(part)) for part in kept["data.parts"]]
-    kept["trainer.max_steps"] = config.trainer.max_steps
+    kept = _hashed(flatten(asdict(config)), TrainConfig)
+    kept["data.parts"] = [_hashed(flatten(part), PartConfig) for part in kept["data.parts"]]
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def make_paths_absolute(config: TrainConfig) -> None:
-    """So that a run can be resumed from any working directory."""
+def _hashed(flat: dict[str, Any], schema: type) -> dict[str, Any]:
+    """What decides the result of a flattened configuration; a dataset's name on the Hub does, a folder's does not."""
+    found = keys.marks(schema)
 
-    def absolute(path: str) -> str:
-        return os.path.abspath(os.path.expanduser(path))
+    def decides(key: str, value: Any) -> bool:
+        mark, path = found[key], found[key].get("path")
+        is_path = path in ("files", "run") or (path == "hub" and os.path.isabs(str(value)))
+        return not is_path and "incidental" not in mark and mark.get("filled_in") != "machine"
 
-    data = config.data
-    for corpus in (data, *data.parts):
-        if isinstance(corpus.files, str | int | float):  # data.files=2024 comes as a number
-            corpus.files = absolute(str(corpus.files))
-        elif corpus.files:
-            corpus.files = [absolute(str(path)) for path in corpus.files]
-    data.cache_dir = absolute(data.cache_dir)
-    if data.tokenizer.file:
-        data.tokenizer.file = absolute(data.tokenizer.file)
-    for named in (data, *data.parts, data.tokenizer):  # a name on the Hub, or a folder laid out like it
-        if named.path and os.path.isdir(os.path.expanduser(named.path)):
-            named.path = absolute(named.path)
+    return {key: value for key, value in flat.items() if decides(key, value)}
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """A copy whose paths are absolute, so that its run can be resumed from any working directory."""
+    config = copy.deepcopy(config)
+    for _, owner, own in keys.paths(config):
+        path = getattr(owner, own.name)
+        if path and own.metadata["path"] == "files":
+            several = not isinstance(path, str | int | float)  # data.files=2024 comes as a number
+            setattr(owner, own.name, [_absolute(str(one)) for one in path] if several else _absolute(str(path)))
+        elif path and own.metadata["path"] == "hub" and os.path.isdir(os.path.expanduser(path)):
+            setattr(owner, own.name, _absolute(path))
+    return config
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def register_schema() -> None:

@@ -1,7 +1,46 @@
-"""Dotted keys of nested configurations: model.attention.rope_dim."""
+"""Keys of nested configurations: their dotted names, model.attention.rope_dim, and what their fields say of them.
+
+A field says what its key is to a run: `compile: bool | None = marked(None, INCIDENTAL | FROM_MACHINE)`. What the field
+of a section says holds for all keys in it.
+"""
 
 import difflib
-from dataclasses import fields, is_dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import Field, field, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from mla_lm.errors import UserError
+
+INCIDENTAL = {"incidental": True}  # changes nothing of what a run computes
+ADJUSTABLE = {"adjustable": True}  # changes what a run computes, but a run may go on with another value
+FROM_DATA = {"filled_in": "data"}  # left at its default, the tokenizer and the data decide
+FROM_MACHINE = {"filled_in": "machine"}  # left at its default, the machine decides
+PATH = {"path": "files"}  # a file or folder, or several, made absolute
+HUB_PATH = {"path": "hub"}  # a name on the Hugging Face Hub, or a folder laid out like what it names
+RUN_PATH = {"path": "run"}  # a run folder, as it was typed
+
+
+def marked(default: Any, mark: Mapping[str, Any]) -> Any:
+    """A field of a dataclass with a default, and one or more of the marks above."""
+    return field(default=default, metadata=mark)
+
+
+@cache
+def marks(schema: type) -> dict[str, Mapping[str, Any]]:
+    """The metadata of every key of a dataclass of dataclasses that holds a value and no further keys."""
+    found = {}
+    for own in fields(schema):
+        if is_dataclass(own.type):
+            found |= {f"{own.name}.{name}": {**own.metadata, **mark} for name, mark in marks(own.type).items()}
+        else:
+            found[own.name] = own.metadata
+    return found
+
+
+def key_names(schema: type) -> list[str]:
+    """Dotted names of all keys of a dataclass of dataclasses, those that hold a value and no further keys."""
+    return list(marks(schema))
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
@@ -12,15 +51,21 @@ def flatten(config: dict, prefix: str = "") -> dict:
     return flat
 
 
-def key_names(schema: type, prefix: str = "") -> list[str]:
-    """Dotted names of all keys of a dataclass of dataclasses, those that hold a value and no further keys."""
-    names = []
-    for field in fields(schema):
-        if isinstance(field.type, type) and is_dataclass(field.type):
-            names += key_names(field.type, f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
-    return names
+def paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+    """Every key that holds a path, as (dotted name, the dataclass it belongs to, its field).
+
+    The configurations in a list are numbered: data.parts[0].files.
+    """
+    for own in fields(config):
+        value, name = getattr(config, own.name), prefix + own.name
+        if "path" in own.metadata:
+            yield name, config, own
+        elif is_dataclass(value):
+            yield from paths(value, f"{name}.")
+        elif isinstance(value, list):
+            for number, item in enumerate(value):
+                if is_dataclass(item):
+                    yield from paths(item, f"{name}[{number}].")
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -29,3 +74,21 @@ def nearest(name: str, names: list[str]) -> str:
     same_end = [candidate for candidate in names if candidate.split(".")[-1] == name.split(".")[-1]]
     near = same_end or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def check_choice(key: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises UserError for a value that is not among the choices."""
+    if value not in choices:
+        raise UserError(f"{key}={value} is unknown: one of {', '.join(map(str, choices))}")
+
+
+def check_at_least(least: int, config: Any, section: str, *names: str) -> None:
+    """Raises UserError for the first of the named fields that is set and smaller.
+
+    Args:
+        section: how their keys begin, such as "trainer."
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"{section}{name}={value} must be at least {least}")

@@ -1,12 +1,8 @@
-"""What a script finds in place of the package where it is started by its path: `python scripts/generate.py`.
-
-Python then looks for modules in scripts/ and not in the repository. This puts that right and hands over to the package;
-`python -m scripts.generate` never comes here.
-"""
+"""What Python finds in place of the package where a script is started by its path: how to start it instead."""
 
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])
-del sys.modules["mla_lm"]
-import mla_lm  # noqa: E402, F401
+name = Path(sys.argv[0]).stem
+print(f"error: in the folder of this repository, start it as: python -m scripts.{name}", file=sys.stderr)
+sys.exit(2)

@@ -1,14 +1,49 @@
-"""What a configuration may say, and what sets configurations apart."""
+"""What a configuration may say, what its keys are to a run, and what sets configurations apart."""
 
-from dataclasses import replace
+import os
+from dataclasses import asdict, replace
 
 import pytest
 from omegaconf import OmegaConf
 
-from mla_lm import UserError
-from mla_lm.config import CheckpointConfig, TrainConfig, TrainerConfig, differing
+from mla_lm.config import (
+    MARKS,
+    CheckpointConfig,
+    TrainConfig,
+    TrainerConfig,
+    config_hash,
+    differing,
+    is_left_open,
+    may_change,
+    with_absolute_paths,
+)
+from mla_lm.data.config import PartConfig
+from mla_lm.errors import UserError
 from mla_lm.model.config import AttentionConfig, TransformerConfig
 from mla_lm.optim.optimizer import OptimizerConfig
+from mla_lm.runs.config_file import changed
+
+MAY_CHANGE = [
+    "compile", "ckpt_path", "trust", "micro_batch_tokens", "val_every_n_steps", "log_every_n_steps",
+    "kv_cache_dtype", "loss_by_position", "on_nonfinite", "step_timeout", "tags", "run.resume",
+    "checkpoint.every_n_steps", "checkpoint.keep_last", "samples.max_tokens", "samples.temperature",
+    "model.activation_checkpointing", "data.cache_dir", "data.num_workers", "data.prompts", "trainer.max_steps",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.precision", "trainer.profiler",
+    "logger.kind", "logger.project", "logger.group", "logger.name",
+]  # fmt: skip
+
+
+def test_what_a_run_may_go_on_with():
+    assert [key for key in MARKS if may_change(key)] == sorted(MAY_CHANGE, key=list(MARKS).index)
+
+
+def test_what_is_filled_in_is_left_open_at_its_default_alone():
+    open_keys = ["compile", "model.vocab_size", "model.document_token", "trainer.accelerator", "trainer.precision"]
+    default = {key: "auto" if key.startswith("trainer.") else None for key in open_keys}
+    assert all(is_left_open(key, value) for key, value in default.items())
+    assert not is_left_open("compile", False)
+    assert not is_left_open("trainer.precision", "32-true")
+    assert not is_left_open("kv_cache_dtype", None)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +99,46 @@ def test_differing_leaves_out_what_says_nothing_of_the_result():
     assert differing([config, longer]) == ["seed", "trainer.max_steps", "trainer.precision"]
     filled_in = replace(config, model=TransformerConfig(vocab_size=300, document_token=2))
     assert differing([config, filled_in]) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("seed", 2), ("trainer.max_steps", 7), ("trainer.overfit_batches", 1), ("model.vocab_size", 300)),
+        *(("model.document_token", 2), ("data.path", "org/name"), ("data.tokenizer.path", "org/name")),
+    ],
+)
+def test_what_decides_the_result_is_hashed(key, value):
+    assert config_hash(changed(TrainConfig(), {key: value})) != config_hash(TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("compile", True), ("trainer.precision", "32-true"), ("trainer.devices", 2), ("logger.project", "other")),
+        *(("data.files", ["a", "/b"]), ("data.cache_dir", "/c"), ("data.tokenizer.file", "d"), ("init_from", "e")),
+    ],
+)
+def test_paths_logging_and_hardware_are_not_hashed(key, value):
+    assert config_hash(changed(TrainConfig(), {key: value})) == config_hash(TrainConfig())
+
+
+def test_where_a_folder_lies_is_not_hashed():
+    """A name of the Hub is, and a folder laid out like one stands for itself."""
+    here, there = (config_hash(changed(TrainConfig(), {"data.path": path})) for path in ("/here/set", "/there/set"))
+    assert here == there != config_hash(TrainConfig(data=replace(TrainConfig().data, path="org/set")))
+
+
+def test_absolute_paths_are_those_of_a_copy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    config = TrainConfig(init_from="run")
+    config.data.files, config.data.path, config.data.tokenizer.path = 2024, "org/set", "set"
+    config.data.parts = [PartConfig(files=["a", "~/b"]), PartConfig(path="set")]
+    before = asdict(config)
+    data = with_absolute_paths(config).data
+    assert asdict(config) == before
+    assert (data.files, data.path, data.tokenizer.path) == (f"{tmp_path}/2024", "org/set", f"{tmp_path}/set")
+    assert (data.cache_dir, data.tokenizer.file) == (f"{tmp_path}/data/cache", None)
+    assert data.parts[0].files == [f"{tmp_path}/a", os.path.expanduser("~/b")]
+    assert data.parts[1].path == f"{tmp_path}/set"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mla_lm.errors import UserError
+from mla_lm.keys import HUB_PATH, INCIDENTAL, PATH, check_at_least, check_choice, marked
 
 SOURCES = ("python_stdlib", "text", "characters", "hub")
 MIXTURE = "mixture"  # the source that is several others
@@ -19,13 +20,13 @@ SMALLEST_BPE = 257  # the 256 bytes and the end-of-text token
 class TokenizerConfig:
     kind: str = "bpe"  # bpe (trained on the training split) | file | hub | characters | bytes
     vocab_size: int = 4096  # kind=bpe: at most this many, the end-of-text token included
-    file: str | None = None  # kind=file: a tokenizer.json
-    path: str | None = None  # kind=hub: a model on the Hub, or a folder, with a tokenizer.json
+    file: str | None = marked(None, PATH)  # kind=file: a tokenizer.json
+    path: str | None = marked(None, HUB_PATH)  # kind=hub: a model on the Hub, or a folder, with a tokenizer.json
     end_of_text: str | None = None  # name of the token that ends a document; None: look for the usual ones
 
     def check(self) -> None:
         """Raises: UserError for values that do not exist or do not go together."""
-        _check_choice("data.tokenizer.kind", self.kind, TOKENIZER_KINDS)
+        check_choice("data.tokenizer.kind", self.kind, TOKENIZER_KINDS)
         if self.kind == "file" and not self.file:
             raise UserError("data.tokenizer.kind=file needs data.tokenizer.file, the path of a tokenizer.json")
         if self.kind != "file" and self.file:
@@ -55,8 +56,9 @@ class CorpusConfig:
     """Which text."""
 
     source: str = "python_stdlib"  # python_stdlib | text | characters | hub
-    files: Any = None  # a path or glob, or a list of them, relative to the working directory
-    path: str | None = None  # source=hub: organisation/name of a dataset, or a folder laid out like one
+    files: Any = field(default=None, metadata=PATH)  # a path or glob, or a list of them
+    # source=hub: organisation/name of a dataset, or a folder laid out like one
+    path: str | None = marked(None, HUB_PATH)
     name: str | None = None  # source=hub: which of the dataset's configurations
     revision: str | None = None  # source=hub: commit, branch or tag; None: the newest when it is first read
     splits: SplitsConfig = field(default_factory=SplitsConfig)  # source=hub
@@ -66,7 +68,7 @@ class CorpusConfig:
 
     def check(self) -> None:
         """Raises: UserError for values that do not exist or do not go together."""
-        _check_choice("data.source", self.source, SOURCES)
+        check_choice("data.source", self.source, SOURCES)
         if self.source == "hub":
             self._check_hub()
         elif self._of_hub() != CorpusConfig()._of_hub():
@@ -118,13 +120,15 @@ class DataConfig(CorpusConfig):
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     document_mask: bool = False  # attention stays within a document, and positions begin anew with it
     val_tokens: int = 65536  # a validation predicts at most this many tokens (but at least one window)
-    cache_dir: str = "data/cache"  # token stores
-    num_workers: int = 0  # processes that load batches; tokens are memory-mapped, so 0 is usually fastest
-    prompts: list[str] = field(default_factory=list)  # what samples are continued from; empty: a new document
+    cache_dir: str = marked("data/cache", INCIDENTAL | PATH)  # token stores
+    # processes that load batches; tokens are memory-mapped, so 0 is usually fastest
+    num_workers: int = marked(0, INCIDENTAL)
+    # what samples are continued from; empty: a new document
+    prompts: list[str] = field(default_factory=list, metadata=INCIDENTAL)
 
     def check(self) -> None:
         """Raises: UserError for values that do not exist or do not go together."""
-        _check_choice("data.source", self.source, (*SOURCES, MIXTURE))
+        check_choice("data.source", self.source, (*SOURCES, MIXTURE))
         self.tokenizer.check()
         if self.source == MIXTURE:
             self._check_mixture()
@@ -132,10 +136,8 @@ class DataConfig(CorpusConfig):
             super().check()
             if self.parts:
                 raise UserError(f"data.parts is not read by data={self.source}: choose data=mixture")
-        if self.val_tokens < 1:
-            raise UserError(f"data.val_tokens={self.val_tokens} must be at least 1")
-        if self.num_workers < 0:
-            raise UserError(f"data.num_workers={self.num_workers} must be at least 0")
+        check_at_least(1, self, "data.", "val_tokens")
+        check_at_least(0, self, "data.", "num_workers")
 
     def _check_mixture(self) -> None:
         for key in (key.name for key in fields(CorpusConfig) if key.name != "source"):
@@ -162,8 +164,3 @@ class DataConfig(CorpusConfig):
                 f"the weights of data.parts sum to {total:.8g}, and must sum to 1: in the same proportions they are "
                 f"{right}"
             )
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{key}={value} is unknown: one of {', '.join(choices)}")

@@ -202,7 +202,9 @@ def _builder(config: CorpusConfig, commit: str | None) -> "DatasetBuilder":
     if folder := _folder(config):
         return datasets.load_dataset_builder(str(folder), config.name)
     builder = datasets.load_dataset_builder(config.path, config.name, revision=commit)
-    if type(builder).__name__ == "Cache" and commit not in (None, builder.hash):  # `datasets` takes any it has
+    from datasets.packaged_modules.cache.cache import Cache
+
+    if isinstance(builder, Cache) and commit not in (None, builder.hash):  # `datasets` takes any it has
         raise UserError(
             f"{config.path} is cached at commit {builder.hash}, but not at {commit}, and that cannot be fetched now:\n"
             f"  data.revision={builder.hash} takes what is there"

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, fields
 from mla_lm.attention import KINDS, AttentionConfig
 from mla_lm.attention.kind import LayerConfig, SharedOptions
 from mla_lm.errors import UserError
+from mla_lm.keys import FROM_DATA, INCIDENTAL, marked
 
 
 @dataclass
 class TransformerConfig:
-    """Sizes of the whole model. train.py fills in `vocab_size` and `document_token`.
+    """Sizes of the whole model.
 
     `layer_config` checks them and raises UserError (a ValueError) for invalid sizes.
     """
@@ -20,13 +21,14 @@ class TransformerConfig:
     seq_len: int = 256
     ff_hidden: int = 640
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    vocab_size: int | None = None  # number of the tokenizer's entries
-    document_token: int | None = None  # id that begins a document; if set, attention stays within documents
+    vocab_size: int | None = marked(None, FROM_DATA)  # number of the tokenizer's entries
+    # id that begins a document; if set, attention stays within documents
+    document_token: int | None = marked(None, FROM_DATA)
     dropout: float = 0.0
     use_bias: bool = False
     norm_eps: float = 1e-6  # of the norms on the residual stream; those on MLA's latents keep 1e-6, as DeepSeek's do
     tie_embeddings: bool = True
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = marked(False, INCIDENTAL)
 
     def layer_config(self) -> LayerConfig:
         """Check the sizes and return the configuration of each block's attention."""

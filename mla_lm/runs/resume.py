@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from mla_lm.config import TrainConfig, differing, is_incidental, make_paths_absolute
+from mla_lm.config import TrainConfig, differing, is_left_open, may_change, with_absolute_paths
 from mla_lm.errors import UserError
 from mla_lm.keys import flatten
 from mla_lm.runs.config_file import changed
@@ -16,14 +16,6 @@ from mla_lm.runs.folder import RunFolder
 
 WHOLE = ("experiment", "debug", "sweep")  # groups whose options reach all over the configuration
 GROUPS = ("model", "data", "optimizer", "schedule", "trainer", "logger")
-# Filled in when the run began; as composed, they only say: as it was.
-FILLED_IN = {
-    "model.vocab_size": None,
-    "model.document_token": None,
-    "trainer.precision": "auto",
-    "trainer.accelerator": "auto",
-    "compile": None,
-}
 
 
 def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> TrainConfig:
@@ -41,9 +33,9 @@ def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
     changes = {}
     for key, by_group in _named_keys(overrides, list(theirs)).items():
         value = theirs[key]
-        if value == ours[key] or key in ("ckpt_path", "trust") or (by_group and FILLED_IN.get(key, ...) == value):
+        if value == ours[key] or key in ("ckpt_path", "trust") or (by_group and is_left_open(key, value)):
             continue
-        if not is_incidental(key):
+        if not may_change(key):
             raise UserError(
                 f"{key}={_text(value)} would change what the run in {run.path} is: it has {key}={_text(ours[key])}.\n"
                 "  Leave it out to resume; init_from=RUN begins a new run from its weights."
@@ -56,7 +48,7 @@ def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
                 f"with ckpt_path, name single keys such as {key}={_text(value)}"
             )
         changes[key] = value
-    return _with(own, changes)
+    return with_absolute_paths(changed(own, changes))
 
 
 def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> TrainConfig:
@@ -82,13 +74,13 @@ def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
                 f"longer context; {there * wanted} is {wanted} times what it has"
             )
         changes["model.seq_len"] = int(own.model.seq_len * wanted / there)
-    return _with(composed, inherited | changes)
+    return with_absolute_paths(changed(composed, inherited | changes))
 
 
 def different_keys(config: TrainConfig, run: RunFolder) -> list[str]:
     """By which dotted keys the run in a folder computes something else than this configuration would."""
-    different = differing([config, run.config()])
-    return [key for key in different if key != "trainer.precision" or config.trainer.precision != "auto"]
+    ours = flatten(asdict(config))
+    return [key for key in differing([config, run.config()]) if not is_left_open(key, ours[key])]
 
 
 def _named_keys(overrides: list[str], keys: list[str], new_run: bool = False) -> dict[str, str | None]:
@@ -112,12 +104,6 @@ def _keys_of_file(group: str, option: str) -> list[str]:
     sources = HydraConfig.get().runtime.config_sources
     conf = next(source.path for source in sources if source.provider == "main")
     return list(flatten(OmegaConf.to_container(OmegaConf.load(Path(conf, group, f"{option}.yaml")))))
-
-
-def _with(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    result = changed(config, changes)
-    make_paths_absolute(result)
-    return result
 
 
 def _text(value: Any) -> str:

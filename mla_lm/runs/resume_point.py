@@ -15,7 +15,7 @@ from mla_lm.terminal.plain_text import say
 OF_TRAINING = ("global_step", "loops", "optimizer_states", "callbacks", "data_fingerprint", "random_state")
 
 
-class Start(NamedTuple):
+class ResumePoint(NamedTuple):
     """A checkpoint to go on from."""
 
     path: Path
@@ -34,12 +34,12 @@ class Start(NamedTuple):
         return self.state["callbacks"]["Checkpoints"]["best"]
 
 
-def named_start(path: Path) -> Start:
+def named_resume_point(path: Path) -> ResumePoint:
     """Raises UserError where the checkpoint is missing, damaged, or none that training left."""
-    return Start(path, _load(path), {}, named=True)
+    return ResumePoint(path, _load(path), {}, named=True)
 
 
-def newest_start(run: RunFolder, max_steps: int) -> Start | None:
+def newest_resume_point(run: RunFolder, max_steps: int) -> ResumePoint | None:
     """The checkpoint with the most steps of all that are whole; None where the run has none at all yet.
 
     Without a whole best.ckpt, which is what is tested at the end, it must leave a step to do: a validation makes one.
@@ -59,12 +59,12 @@ def newest_start(run: RunFolder, max_steps: int) -> Start | None:
         damaged[run.last] = f"{run.last} is missing"
     for path in sorted(steps, key=steps.__getitem__, reverse=True):  # of equal ones the last before the best
         try:
-            start = Start(path, _load(path), damaged)
+            point = ResumePoint(path, _load(path), damaged)
         except UserError as error:
             damaged[path] = str(error)
             continue
-        if has_best or start.step < max_steps or start.best.get("step") == start.step:
-            return start
+        if has_best or point.step < max_steps or point.best.get("step") == point.step:
+            return point
     if steps.keys() - damaged.keys():
         raise UserError(
             f"{run.path} has made all its {max_steps} steps, but has no whole best.ckpt: a larger trainer.max_steps "
@@ -93,31 +93,31 @@ def _needed(value: Any, key: str, path: Path) -> Any:
     return value
 
 
-def prepare_checkpoints(run: RunFolder, start: Start, keep_last: int) -> None:
-    """Put the checkpoints of a run in order before it goes on from `start`.
+def prepare_checkpoints(run: RunFolder, point: ResumePoint, keep_last: int) -> None:
+    """Put the checkpoints of a run in order before it goes on from `point`.
 
     Nothing damaged and nothing given up is among them afterwards; it is named, and kept where nothing looks for it.
     """
-    for path, what in start.damaged.items():
+    for path, what in point.damaged.items():
         kept = f", kept as {set_aside(path, 'damaged').name}" if path.exists() else ""
-        _say(f"{what}{kept}; going on from {start.path.name}, step {start.step}")
-    others = [path for path in run.checkpoints() if path != start.path] if start.named else []
+        _say(f"{what}{kept}; going on from {point.path.name}, step {point.step}")
+    others = [path for path in run.checkpoints() if path != point.path] if point.named else []
     for path in others:
         try:
-            if (steps_behind(path) or 0) > start.step:
+            if (steps_behind(path) or 0) > point.step:
                 _say(f"{path} is given up, kept as {set_aside(path, 'given-up').name}")
         except UserError as error:
             _say(f"{error}, kept as {set_aside(path, 'damaged').name}")
-    if start.path not in run.checkpoints():
-        _copy(start.path, run.last, keep_last)
-    if run.best.exists():  # it may be older than `start`, so that nobody has read it yet
+    if point.path not in run.checkpoints():
+        _copy(point.path, run.last, keep_last)
+    if run.best.exists():  # it may be older than `point`, so that nobody has read it yet
         try:
             load_checkpoint(run.best, mmap=True)
         except UserError as error:
             _say(f"{error}, kept as {set_aside(run.best, 'damaged').name}; the next validation makes another")
     # A save that failed for best.ckpt alone left it to last.ckpt.
-    if start.best.get("step") == start.step and best_of(run).get("step") != start.step:
-        _copy(start.path, run.best, 1)
+    if point.best.get("step") == point.step and best_of(run).get("step") != point.step:
+        _copy(point.path, run.best, 1)
 
 
 def _say(text: str) -> None:
@@ -127,7 +127,7 @@ def _say(text: str) -> None:
 def best_of(run: RunFolder) -> dict[str, float]:
     """Figures of the best checkpoint there is, and its step; empty where it is missing, or damaged."""
     try:
-        return Start(run.best, load_checkpoint(run.best, mmap=True), {}).best
+        return ResumePoint(run.best, load_checkpoint(run.best, mmap=True), {}).best
     except (UserError, KeyError):
         return {}
 

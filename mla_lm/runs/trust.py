@@ -21,9 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mla_lm.config import TrainConfig, make_paths_absolute
+from mla_lm.config import TrainConfig, with_absolute_paths
 from mla_lm.errors import UserError
 from mla_lm.files import check_private, private_folder, write_atomically
+from mla_lm.keys import paths
 from mla_lm.runs.folder import RunFolder
 from mla_lm.terminal.plain_text import say
 
@@ -37,12 +38,8 @@ def paths_wanted(config: TrainConfig) -> dict[str, Any]:
 
     A name on the Hub is among them because a folder of that name in the working directory takes its place.
     """
-    data = config.data
-    wanted = {"init_from": config.init_from, CACHE: data.cache_dir}
-    wanted |= {"data.tokenizer.file": data.tokenizer.file, "data.tokenizer.path": data.tokenizer.path}
-    for key, corpus in [("data", data), *((f"data.parts[{number}]", part) for number, part in enumerate(data.parts))]:
-        wanted |= {f"{key}.files": corpus.files, f"{key}.path": corpus.path}
-    return {key: path for key, path in wanted.items() if path}
+    named = {key: getattr(owner, own.name) for key, owner, own in paths(config)}
+    return {key: path for key, path in named.items() if path}
 
 
 def sign(run: RunFolder, config: TrainConfig) -> None:
@@ -92,8 +89,7 @@ def with_agreed_paths(
     """
     if agreed or is_signed(run):
         return config
-    if own is None:
-        make_paths_absolute(own := TrainConfig())
+    own = own or with_absolute_paths(TrainConfig())
     ours = paths_wanted(own)
     foreign = {key: path for key, path in paths_wanted(config).items() if ours.get(key) != path}
     if not foreign.keys() - {CACHE}:

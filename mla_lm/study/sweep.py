@@ -9,17 +9,19 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from hydra.conf import HydraConf
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from mla_lm.config import TrainConfig
+from mla_lm.config import SweepJob
 from mla_lm.errors import Interrupted, UserError
 from mla_lm.files import write_atomically
 from mla_lm.runs.folder import RunFolder
@@ -34,7 +36,6 @@ COLUMNS = (
     ("test_bits_per_byte", "test bits/byte", "{:.4f}"),
     ("kv_cache_bytes_per_token", "cache B/token", "{:,.0f}"),
 )
-PLUGIN_PACKAGES = ("hydra_plugins", "optuna", "sqlalchemy", "submitit")  # what sweepers and launchers run on
 
 
 @dataclass
@@ -93,28 +94,43 @@ def run_overrides(hydra_config: HydraConf) -> list[str]:
     return [override for override in task if not override.startswith("sweep=")]
 
 
-def label(config: TrainConfig, hydra_config: HydraConf) -> None:
-    """Let the runs of a sweep be found together in wandb: by date and time of its folder, and its name as a tag."""
-    if config.logger.group is None:
-        config.logger.group = "/".join(Path(hydra_config.sweep.dir).parts[-2:])
-    if name := hydra_config.runtime.choices.get("sweep"):
-        config.tags = [*config.tags, name]
+def job_of(hydra_config: HydraConf) -> SweepJob:
+    """What this job is told of its sweep."""
+    name = hydra_config.runtime.choices.get("sweep")
+    group = "/".join(Path(hydra_config.sweep.dir).parts[-2:])
+    return SweepJob(run_overrides(hydra_config), group, [name] if name else [])
+
+
+class Multirun:
+    """The multirun that this process starts, if the command turns out to be one."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None  # None: it has not begun
+        self.plugins: list[str] = []  # sweeper and launcher, as far as they are not Hydra's own
+        self.lock = ExitStack()  # of the folder, from the beginning to the end
+
+    def begin(self, hydra_config: HydraConf) -> None:
+        """Take its folder; UserError where another process is at work on it."""
+        folder = Path(hydra_config.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock.enter_context(RunFolder(folder).lock())
+        self.folder = folder
+        choices = {kind: hydra_config.runtime.choices[kind] for kind in ("hydra/sweeper", "hydra/launcher")}
+        self.plugins = [f"{kind}={name}" for kind, name in choices.items() if name != "basic"]
+
+
+# Hydra makes the callback by the name in conf/train.yaml, and hands it nothing of ours: this is where they meet.
+RUNNING: ContextVar[Multirun] = ContextVar("the multirun of the command that is running")
 
 
 class SweepCallback(Callback):
-    """What Hydra calls (conf/train.yaml) in the process that starts the jobs, when it knows the configuration."""
-
-    sweep: ClassVar[Path | None] = None  # folder of the multirun that this process has started
-    held: ClassVar[ExitStack]  # until its end
+    """What Hydra calls in the process that starts the jobs, when it knows the configuration."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        sweep = Path(config.hydra.sweep.dir)
         try:
-            sweep.mkdir(parents=True, exist_ok=True)
-            self.held.enter_context(RunFolder(sweep).lock())
+            RUNNING.get().begin(config.hydra)
         except (UserError, OSError) as error:  # Hydra would make a warning of it, and go on
             sys.exit(cli.report(error))
-        SweepCallback.sweep = sweep
         if config.hydra.sweeper.get("storage"):
             with read_write(config.hydra):
                 continue_study(config.hydra.sweeper)
@@ -150,37 +166,38 @@ def reported(arguments: list[str]) -> Iterator[None]:
     Raises:
         UserError: jobs failed, or the sweeper or launcher did.
     """
-    SweepCallback.sweep = None
+    multirun = Multirun()
+    token = RUNNING.set(multirun)
     problem = None
     try:
-        with ExitStack() as SweepCallback.held:
+        with multirun.lock:
             yield
     except (Interrupted, KeyboardInterrupt):
-        if SweepCallback.sweep:
-            say(end_report(SweepCallback.sweep, arguments, stopped=True))
+        if multirun.folder:
+            say(end_report(multirun.folder, arguments, stopped=True))
         raise
     except Exception as error:
-        origin = _origin(error)
-        if not SweepCallback.sweep or origin not in PLUGIN_PACKAGES:
+        if not multirun.plugins or isinstance(error, (*cli.EXPLAINED, OSError)):
             raise
-        problem = f"{origin}: {type(error).__name__} {str(error).strip().partition(chr(10))[0]}"
-    if SweepCallback.sweep:
-        say(end_report(SweepCallback.sweep, arguments))
-        if failed := [trial for trial in trials_of(SweepCallback.sweep) if trial.status == "failed"]:
-            reasons = [f"  {trial.run.path}: {trial.error.partition(chr(10))[0]}" for trial in failed]
-            more = [f"  {len(failed) - 1} more, in the table above"] if len(failed) > 2 else reasons[1:]
-            jobs = "job" if len(failed) == 1 else "jobs"
-            raise UserError("\n".join([f"{len(failed)} {jobs} failed:", reasons[0], *more]))
+        # train.py takes whatever a job raises, so this was raised around the jobs.
+        problem = f"{', '.join(multirun.plugins)}: {traceback.format_exception_only(error)[0].partition(chr(10))[0]}"
+    finally:
+        RUNNING.reset(token)
+    if multirun.folder:
+        say(end_report(multirun.folder, arguments))
+        raise_for_failed(multirun.folder)
     if problem:
         raise UserError(problem)
 
 
-def _origin(error: Exception) -> str:
-    """The package that raised it."""
-    frame = error.__traceback__
-    while frame.tb_next:
-        frame = frame.tb_next
-    return frame.tb_frame.f_globals["__name__"].partition(".")[0]
+def raise_for_failed(sweep: Path) -> None:
+    """Raises UserError that names the trials which failed, and why."""
+    failed = [trial for trial in trials_of(sweep) if trial.status == "failed"]
+    if failed:
+        reasons = [f"  {trial.run.path}: {trial.error.partition(chr(10))[0]}" for trial in failed]
+        more = [f"  {len(failed) - 1} more, in the table above"] if len(failed) > 2 else reasons[1:]
+        jobs = "job" if len(failed) == 1 else "jobs"
+        raise UserError("\n".join([f"{len(failed)} {jobs} failed:", reasons[0], *more]))
 
 
 def end_report(sweep: Path, arguments: list[str], stopped: bool = False) -> str:

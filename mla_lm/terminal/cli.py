@@ -19,6 +19,7 @@ from mla_lm.keys import flatten, key_names, nearest
 from mla_lm.terminal.plain_text import say
 
 MOST_LINES, LONGEST_LINE = 3, 1000
+EXPLAINED = (UserError, TrainingFailed, HydraException, OmegaConfBaseException)  # `report` has words for all of them
 
 # Options of Hydra's own groups that another package brings, and what to install.
 PLUGINS = {
@@ -38,7 +39,7 @@ def run(main: Callable[[], object], schema: type | None = None) -> NoReturn:
     """
     try:
         main()
-    except (UserError, TrainingFailed, HydraException, OmegaConfBaseException) as error:
+    except EXPLAINED as error:
         sys.exit(report(error, schema))
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
@@ -72,7 +73,12 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are user errors like any other."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists what there is)")
+        _refuse(message)
+
+
+def _refuse(message: str) -> NoReturn:
+    """What argparse complains of, as a user error."""
+    raise UserError(f"{message} (--help lists what there is)")
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +95,7 @@ def check_arguments(arguments: list[str], groups: Collection[str]) -> None:
         groups: of the configuration, of which an option is chosen by its name
     """
     parser = get_args_parser()
-    parser.error = Parser.error.__get__(parser)
+    parser.error = _refuse
     parsed = parser.parse_args(arguments)
     asked = [name for name in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(parsed, name)]
     if len(asked) > 1:

@@ -17,7 +17,7 @@ from mla_lm.runs.checkpoint import load_checkpoint, put_in_front
 from mla_lm.runs.folder import RunFolder
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
-Failures = dict[Path, UserError | TrainingFailed]  # files that could not be written
+SaveErrors = dict[Path, UserError | TrainingFailed]  # of the files that could not be written
 
 
 class BackgroundCheckpointIO(CheckpointIO):
@@ -27,31 +27,36 @@ class BackgroundCheckpointIO(CheckpointIO):
     GPU tensors are copied at once, CPU tensors by the thread: call `wait_until_copied` before they change. One save is
     under way at a time. It raises nothing: ask `failures` or `wait` what became of it.
 
+    Set `copies` before `trainer.save_checkpoint`, which knows of one file only: the files that get the same after it,
+    in this order.
+
     Args:
         keep_last: versions of last.ckpt that are kept, itself included
     """
 
     def __init__(self, keep_last: int = 1) -> None:
         self.keep_last = keep_last
+        self.copies: list[Path] = []
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.copied = Event()
         self.copied.set()
-        self.written: Future[Failures] | None = None
+        self.written: Future[SaveErrors] | None = None
         self.memory: dict[tuple, Tensor] = {}  # of the last copy; to ask for it anew takes longer than to copy
         self.loaded: dict[str, Any] = {}  # the checkpoint that training goes on from, where it has been read already
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = ()) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: None = None) -> None:
+        self.save(checkpoint, [Path(path), *self.copies])
+
+    def save(self, checkpoint: dict[str, Any], paths: list[Path]) -> None:
         """Begin to write a checkpoint.
 
         Args:
             checkpoint: plain data, with tensors in dicts, lists and tuples
-            path: the file
-            storage_options: files that get the same after it, in this order
+            paths: the files, in the order in which they are written
         """
         self.wait()
         state, left = self._copy(checkpoint)
         self.copied.clear()
-        paths = [Path(path), *(storage_options or ())]
         # Nothing after this: from here on the thread takes turns with Python code, for milliseconds each.
         self.written = self.thread.submit(self._write, left, state, paths)
 
@@ -71,11 +76,11 @@ class BackgroundCheckpointIO(CheckpointIO):
         """From here on the state that was saved last may change."""
         self.copied.wait()
 
-    def failures(self) -> Failures | None:
+    def failures(self) -> SaveErrors | None:
         """What could not be written of the last save, told once; None where it is still under way or has been told."""
         return self.wait() if self.written and self.written.done() else None
 
-    def wait(self) -> Failures | None:
+    def wait(self) -> SaveErrors | None:
         """As `failures`, after the save under way has ended."""
         written, self.written = self.written, None
         return written.result() if written else None
@@ -109,7 +114,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self.memory = memory
         return copied, left
 
-    def _write(self, left: list[tuple[Tensor, Tensor]], state: dict[str, Any], paths: list[Path]) -> Failures:
+    def _write(self, left: list[tuple[Tensor, Tensor]], state: dict[str, Any], paths: list[Path]) -> SaveErrors:
         try:
             _copy_tensors(left)
         finally:
@@ -120,7 +125,7 @@ class BackgroundCheckpointIO(CheckpointIO):
                 f"  {ADVICE}"
             )
             return dict.fromkeys(paths, failure)
-        failures: Failures = {}
+        failures: SaveErrors = {}
         for path in paths:
             try:
                 _write_file(state, path, self.keep_last)

@@ -6,12 +6,11 @@ import textwrap
 import time
 from collections import deque
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 
 from mla_lm.config import TrainConfig
 from mla_lm.data.store import TokenStore
@@ -20,17 +19,15 @@ from mla_lm.errors import UserError
 from mla_lm.hardware import DTYPES, inference_autocast, peak_memory_bytes
 from mla_lm.inference.generate import generate
 from mla_lm.terminal.plain_text import printable
-from mla_lm.training.loggers import never_fatal
 from mla_lm.training.module import LanguageModel
 
 MOST_RATES = 10_000  # the last ones, so that a checkpoint does not grow with the run
 
 
 def log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
-    """Send metrics to metrics.jsonl and to the chosen logger."""
+    """Send metrics to metrics.jsonl and to the chosen service."""
     for logger in trainer.loggers:
-        with never_fatal(logger):
-            logger.log_metrics(metrics, trainer.global_step)
+        logger.log_metrics(metrics, trainer.global_step)
 
 
 class Metrics(Callback):
@@ -142,21 +139,12 @@ class Samples(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
         if not trainer.is_global_zero or not self.config.samples.max_tokens:
             return
-        rows = [[prompt, self._continue(module, ids)] for prompt, ids in self.prompts.items()]
+        samples = [(prompt, self._continue(module, ids)) for prompt, ids in self.prompts.items()]
         print(f"samples at step {trainer.global_step}:")
-        for prompt, text in rows:  # an empty line after each, as texts may have any number of lines
+        for prompt, text in samples:  # an empty line after each, as texts may have any number of lines
             print(textwrap.indent(printable((prompt + text).expandtabs(4)), "  | ", lambda line: True) + "\n")
         for logger in trainer.loggers:
-            with never_fatal(logger):
-                self._log(rows, logger, trainer.global_step)
-
-    @staticmethod
-    def _log(rows: list[list[str]], logger: Logger, step: int) -> None:
-        if type(logger).__name__ == "WandbLogger":
-            logger.log_text("samples", columns=["prompt", "continuation"], data=rows, step=step)
-        elif type(logger).__name__ == "TensorBoardLogger":
-            text = "\n\n".join("    " + (a + b).replace("\n", "\n    ") for a, b in rows)
-            logger.experiment.add_text("samples", text, step)
+            logger.log_samples(samples, trainer.global_step)
 
     def _continue(self, module: LanguageModel, ids: list[int]) -> str:
         """The continuation up to the end of the document; the same for the same weights."""
@@ -171,6 +159,14 @@ class Samples(Callback):
             return decode(self.store.tokenizer, new)
 
 
+class CacheSize(NamedTuple):
+    """What a filled cache was measured to take."""
+
+    bytes_at_seq_len: int
+    bytes_per_token: float
+    vs_mha: float  # the share of an MHA's of equal num_layers, num_heads and d_model
+
+
 class CacheMemory(Callback):
     """The KV cache's bytes, read off a real cache filled to `seq_len` in the run's inference precision.
 
@@ -182,36 +178,31 @@ class CacheMemory(Callback):
     def __init__(self, precision: str, mha_bytes_per_token: int, dtype: torch.dtype | None = None):
         self.precision, self.mha_bytes_per_token = precision, mha_bytes_per_token
         self.dtype = dtype or DTYPES[precision]
-        self.bytes_at_seq_len: int | None = None  # measured with the first validation, as the next two
-        self.bytes_per_token: float | None = None
-        self.vs_mha: float | None = None
+        self.size: CacheSize | None = None  # measured with the first validation
 
     def on_validation_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        if self.bytes_at_seq_len is None:
-            self._measure(module)
+        self.size = self.size or self._measure(module)
 
     def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
         metrics = {
-            "kv_cache/bytes_per_token": self.bytes_per_token,
-            "kv_cache/mib_at_seq_len": self.bytes_at_seq_len / 2**20,
-            "kv_cache/vs_mha": self.vs_mha,
+            "kv_cache/bytes_per_token": self.size.bytes_per_token,
+            "kv_cache/mib_at_seq_len": self.size.bytes_at_seq_len / 2**20,
+            "kv_cache/vs_mha": self.size.vs_mha,
         }
         log(trainer, metrics)
 
-    def _measure(self, module: LanguageModel) -> None:
+    def _measure(self, module: LanguageModel) -> CacheSize:
         tokens = torch.zeros(1, module.net.config.seq_len, dtype=torch.long, device=module.device)
         with torch.no_grad(), inference_autocast(module.device.type, self.precision):
             cache = module.net.new_cache(1, dtype=self.dtype)
             module.net.forward(tokens, cache=cache)
-        self.bytes_at_seq_len = cache.nbytes
-        self.bytes_per_token = cache.nbytes / cache.length
-        self.vs_mha = self.bytes_per_token / self.mha_bytes_per_token
+        per_token = cache.nbytes / cache.length
+        return CacheSize(cache.nbytes, per_token, per_token / self.mha_bytes_per_token)
 
     def state_dict(self) -> dict[str, Any]:
-        measured = {name: getattr(self, name) for name in ("bytes_at_seq_len", "bytes_per_token", "vs_mha")}
-        return {"dtype": str(self.dtype), **measured}
+        return {"dtype": str(self.dtype), **(self.size._asdict() if self.size else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        measured = dict(state)
-        if measured.pop("dtype", None) == str(self.dtype):  # a run may go on in another precision
-            vars(self).update(measured)
+        measured = {name: state.get(name) for name in CacheSize._fields}
+        if state.get("dtype") == str(self.dtype) and None not in measured.values():
+            self.size = CacheSize(**measured)  # else the run goes on in another precision, or had not measured it yet

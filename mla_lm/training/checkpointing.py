@@ -13,7 +13,7 @@ from mla_lm.errors import ADVICE, TrainingFailed
 from mla_lm.runs.folder import RunFolder
 from mla_lm.runs.resume_point import best_of
 from mla_lm.terminal.plain_text import say
-from mla_lm.training.background_save import BackgroundCheckpointIO, Failures
+from mla_lm.training.background_save import BackgroundCheckpointIO, SaveErrors
 from mla_lm.training.callbacks import Metrics, log
 from mla_lm.training.module import LanguageModel
 
@@ -95,14 +95,15 @@ class Checkpoints(Callback):
         self.metrics.pause()
         if self.run.last in paths:
             self.last_step = trainer.global_step
-        trainer.save_checkpoint(paths[0], storage_options=paths[1:])
+        self.io.copies = list(paths[1:])
+        trainer.save_checkpoint(paths[0])
 
     @staticmethod
-    def _tell(failures: Failures | None, then: str) -> None:
+    def _tell(failures: SaveErrors | None, then: str) -> None:
         for error in (failures or {}).values():
             say(f"warning: {error}; {then}", file=sys.stderr)
 
-    def _see_to(self, trainer: L.Trainer, failures: Failures | None, last_try: bool = False) -> None:
+    def _see_to(self, trainer: L.Trainer, failures: SaveErrors | None, last_try: bool = False) -> None:
         """Take note of what became of a save; all processes alike, though one alone writes.
 
         Raises:

@@ -2,12 +2,13 @@
 
 import math
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from mla_lm.compiled_code import prepare_folder
@@ -52,6 +53,7 @@ class LanguageModel(L.LightningModule):
         self.grad_norm = torch.zeros(())
         self.unread: list[tuple[int, Tensor, Tensor]] = []  # steps since the last look, their losses and norms
         self.skipped = 0  # steps left out, of the whole run
+        self.evaluated: dict[str, float] = {}  # figures of the last validation or test
 
     def setup(self, stage: str) -> None:
         """Compile on all devices or on none: each has timed the machine for itself, and the first one's word counts."""
@@ -87,10 +89,10 @@ class LanguageModel(L.LightningModule):
         if self.config.on_nonfinite == "stop":
             self.unread.append((step, self.loss, self.grad_norm))
 
-    def _no_gradient_sync(self):
-        """Under DDP, gradients are averaged over devices once a step, not once a micro-batch."""
-        ddp = self.trainer.strategy.model
-        return ddp.no_sync() if hasattr(ddp, "no_sync") else nullcontext()
+    def _no_gradient_sync(self) -> AbstractContextManager:
+        """With several devices, gradients are averaged over them once a step, not once a micro-batch."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         clip = self.config.optimizer.gradient_clip or math.inf

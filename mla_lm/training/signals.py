@@ -51,9 +51,14 @@ class StopOnSignal(Callback):
     def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
         self._listen()
         if trainer.world_size > 1:
-            # Lightning would ask all devices at each step whether one has had a SIGTERM, and wait for the answer.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            # Lightning would ask all devices at each step whether one has had a SIGTERM, and wait for the answer. No
+            # option of its leaves that out; `_received_anywhere` does it without waiting.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._ask_nobody
             self.group = dist.new_group(backend="gloo")  # on the CPU: a GPU goes on computing meanwhile
+
+    @staticmethod
+    def _ask_nobody() -> None:
+        """In place of Lightning's question to the other devices."""
 
     def _receive(self, signum: int, frame: Any) -> None:
         if self.received and signum == signal.SIGINT:

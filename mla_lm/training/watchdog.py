@@ -2,13 +2,13 @@
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+STDERR = 2  # the file itself: a thread that hangs may hold the lock of sys.stderr
 SLICE = 1.0  # seconds of one wait; one that took far longer was that of a process that had been suspended
 
 
@@ -57,8 +57,8 @@ class Watchdog(Callback):
                 self.alive += waited
         reason = f"error: no step has ended for {self.timeout} s (step_timeout), so the run is given up"
         try:
-            print(f"{reason}. Where every thread stands:", file=sys.__stderr__, flush=True)
-            faulthandler.dump_traceback(file=sys.__stderr__)
-            print(f"{reason}: see above where every thread stood", file=sys.__stderr__, flush=True)
+            os.write(STDERR, f"{reason}. Where every thread stands:\n".encode())
+            faulthandler.dump_traceback(STDERR)
+            os.write(STDERR, f"{reason}: see above where every thread stood\n".encode())
         finally:
             os._exit(1)

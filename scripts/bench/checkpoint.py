@@ -126,7 +126,7 @@ class Training:
             state = self.state()
             write_atomically(self.path, lambda file: torch.save(state, file))
         elif how == "ours":
-            self.io.save_checkpoint(self.state(), self.path)
+            self.io.save(self.state(), [self.path])
             self.io.written.add_done_callback(lambda _: written.append(time.perf_counter()))
         held_up = time.perf_counter() - began
         held_up += sum(self.step() for _ in range(steps))

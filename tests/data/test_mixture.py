@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_lm.config import TrainConfig, config_hash, make_paths_absolute
+from mla_lm.config import TrainConfig, config_hash, with_absolute_paths
 from mla_lm.data.config import DataConfig, PartConfig, SplitsConfig, TokenizerConfig
 from mla_lm.data.corpus import SPLITS
 from mla_lm.data.mixture import MOST_PASSES, in_proportion
@@ -223,7 +223,7 @@ def test_paths_of_parts_become_absolute_and_are_not_hashed(tmp_path, monkeypatch
         monkeypatch.chdir(tmp_path / place)
         run = TrainConfig()
         run.data.parts = [PartConfig("text", ["x.txt", 3], weight=0.5), PartConfig("hub", path="set", weight=0.5)]
-        make_paths_absolute(run)
+        run = with_absolute_paths(run)
         assert run.data.parts[0].files == [str(tmp_path / place / name) for name in ("x.txt", "3")]
         assert run.data.parts[1].path == str(tmp_path / place / "set")
         hashes.append(config_hash(run))

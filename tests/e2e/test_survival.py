@@ -204,15 +204,15 @@ def test_a_full_disk_under_the_metrics(train, tmp_path, uninterrupted):
 
 
 def test_wandb_that_raises(train, tmp_path, monkeypatch):
-    from lightning.pytorch.loggers import WandbLogger
+    from mla_lm.training.wandb_run import WandbRun
 
     def log(*_: Any, **__: Any) -> None:
         raise RuntimeError("the service is gone")
 
-    monkeypatch.setattr(WandbLogger, "log_metrics", log)
-    monkeypatch.setattr(WandbLogger, "log_text", log)
+    monkeypatch.setattr(WandbRun, "log_metrics", log)
+    monkeypatch.setattr(WandbRun, "log_samples", log)
     result = succeeded(train("logger=wandb", "hydra.run.dir=run"))
-    assert result.stderr.count("WandbLogger could not log (the service is gone): training goes on") == 1
+    assert result.stderr.count("wandb could not log (the service is gone): training goes on") == 1
     assert summary_of(tmp_path / "run")["finished"]
 
 

@@ -12,7 +12,7 @@ import torch
 from mla_lm.errors import UserError
 from mla_lm.runs.checkpoint import load_checkpoint, steps_behind
 from mla_lm.runs.folder import RunFolder
-from mla_lm.runs.resume_point import newest_start
+from mla_lm.runs.resume_point import newest_resume_point
 from scripts.soak.runs import check_same
 from tests.conftest import TrainCommand, refused, rows_of, succeeded, summary_of
 
@@ -101,7 +101,7 @@ def test_the_newest_counts_be_it_the_best(command, longer, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(longer, run)
     (run / "checkpoints" / "last.ckpt").unlink()
-    assert newest_start(RunFolder(run), 10).path.name == "best.ckpt"
+    assert newest_resume_point(RunFolder(run), 10).path.name == "best.ckpt"
     (run / "checkpoints" / "last-1.ckpt").unlink()
     (run / "summary.json").unlink()
     refused(command(MORE, f"hydra.run.dir={run}"), "already holds a run", f"ckpt_path={run}")

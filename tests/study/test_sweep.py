@@ -229,8 +229,9 @@ def test_optuna_goes_on_after_failures(train, tmp_path):
     assert result.returncode == 2
     assert "2 jobs failed" in result.stderr
     assert states_in(tmp_path / "sweep" / "optuna.db") == ["FAIL", "FAIL"]
-    refused(train("sweep=optuna", "optimizer.lr=interval(1,0)"), "optuna", "low")
-    refused(train("sweep=optuna", f"hydra.sweeper.storage=sqlite:///{tmp_path}/no/folder.db"), "sqlalchemy", "open")
+    refused(train("sweep=optuna", "optimizer.lr=interval(1,0)"), "hydra/sweeper=optuna: ", "low")
+    lost = train("sweep=optuna", f"hydra.sweeper.storage=sqlite:///{tmp_path}/no/folder.db")
+    refused(lost, "hydra/sweeper=optuna: sqlalchemy", "open")
 
 
 def test_submitit(tmp_path, train, monkeypatch):

@@ -46,7 +46,7 @@ def test_the_file_holds_what_was_saved_though_training_goes_on(tmp_path):
     for name in ("first.ckpt", "second.ckpt"):  # the second into the memory of the first
         state = {"large": large, "state_dict": net.state_dict(), "optimizer": optimizer.state_dict(), "rates": rates}
         expected = copy.deepcopy(state)
-        io.save_checkpoint(state, tmp_path / name)
+        io.save(state, [tmp_path / name])
         step()
         assert not io.written.done()
         assert not (tmp_path / name).exists()
@@ -64,7 +64,7 @@ def test_saving_starts_one_thread_and_no_workers_for_it(tmp_path):
         (large := torch.ones(5_000_000)).add_(1)  # the main thread has its workers from here on
         before = len(os.listdir("/proc/self/task"))
         io = BackgroundCheckpointIO()
-        io.save_checkpoint({"large": large}, tmp_path / "a.ckpt")
+        io.save({"large": large}, [tmp_path / "a.ckpt"])
         io.wait()
         assert len(os.listdir("/proc/self/task")) == before + 1
     finally:
@@ -80,7 +80,7 @@ def test_keeps_every_kind_of_tensor_and_what_is_shared(tmp_path):
         "words": {"epoch": 1, "name": "x", "none": None},
     }
     io = BackgroundCheckpointIO()
-    io.save_checkpoint(state, tmp_path / "a.ckpt")
+    io.save(state, [tmp_path / "a.ckpt"])
     io.wait()
     there = load_checkpoint(tmp_path / "a.ckpt")
     assert there["words"] == state["words"]
@@ -93,8 +93,8 @@ def test_keeps_every_kind_of_tensor_and_what_is_shared(tmp_path):
 def test_a_save_waits_for_the_one_before(tmp_path):
     io = BackgroundCheckpointIO()
     first, second = ({"state_dict": {"w": torch.full((5_000_000,), float(number))}} for number in (1, 2))
-    io.save_checkpoint(first, tmp_path / "best.ckpt", [tmp_path / "last.ckpt"])
-    io.save_checkpoint(second, tmp_path / "last.ckpt")
+    io.save(first, [tmp_path / "best.ckpt", tmp_path / "last.ckpt"])
+    io.save(second, [tmp_path / "last.ckpt"])
     assert_equal(load_checkpoint(tmp_path / "best.ckpt")["state_dict"], first["state_dict"])
     io.teardown()
     assert_equal(load_checkpoint(tmp_path / "last.ckpt")["state_dict"], second["state_dict"])
@@ -107,17 +107,17 @@ def test_a_save_that_fails_keeps_no_other_from_being_tried(tmp_path):
     blocked, later = tmp_path / "file" / "best.ckpt", tmp_path / "last.ckpt"
     first, second = ({"state_dict": {"w": torch.full((3,), float(number))}} for number in (1, 2))
     io = BackgroundCheckpointIO()
-    io.save_checkpoint(first, blocked, [later])
+    io.save(first, [blocked, later])
     failures = io.wait()
     assert list(failures) == [blocked]
     assert str(failures[blocked]) == f"{blocked} cannot be written: File exists"
     assert_equal(load_checkpoint(later)["state_dict"], first["state_dict"])
     assert io.wait() is io.failures() is None
-    io.save_checkpoint(first, blocked)
-    io.save_checkpoint(second, later)
+    io.save(first, [blocked])
+    io.save(second, [later])
     assert io.wait() == {}
     assert_equal(load_checkpoint(later)["state_dict"], second["state_dict"])
-    io.save_checkpoint(first, blocked)
+    io.save(first, [blocked])
     io.teardown()
     assert list(io.wait()) == [blocked]
 
@@ -128,7 +128,7 @@ def test_a_full_disk_is_told_in_the_words_of_the_system(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, before[1]))
     try:
-        io.save_checkpoint({"state_dict": {"w": torch.ones(10**6)}}, tmp_path / "last.ckpt")
+        io.save({"state_dict": {"w": torch.ones(10**6)}}, [tmp_path / "last.ckpt"])
         (error,) = io.wait().values()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -139,7 +139,7 @@ def test_a_full_disk_is_told_in_the_words_of_the_system(tmp_path):
 def test_the_last_versions_are_kept(tmp_path):
     io = BackgroundCheckpointIO(keep_last=3)
     for number in range(5):
-        io.save_checkpoint({"state_dict": {}, "number": number}, tmp_path / "last.ckpt", [tmp_path / "best.ckpt"])
+        io.save({"state_dict": {}, "number": number}, [tmp_path / "last.ckpt", tmp_path / "best.ckpt"])
     io.wait()
     numbers = {path.name: load_checkpoint(path)["number"] for path in tmp_path.iterdir()}
     assert numbers == {"last.ckpt": 4, "last-1.ckpt": 3, "last-2.ckpt": 2, "best.ckpt": 4}
@@ -152,11 +152,11 @@ def test_what_is_not_finite_is_never_saved(tmp_path, bad, dtype):
     io = BackgroundCheckpointIO()
     state = {"state_dict": {"w": torch.ones(2**20 + 3, dtype=dtype)}, "optimizer_states": [{"state": {0: {}}}]}
     state["optimizer_states"][0]["state"][0] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(0)}
-    io.save_checkpoint(state, tmp_path / "last.ckpt")
+    io.save(state, [tmp_path / "last.ckpt"])
     assert io.wait() == {}
     before = (tmp_path / "last.ckpt").read_bytes()
     state["state_dict"]["w"][-1] = bad
-    io.save_checkpoint(state, tmp_path / "best.ckpt", [tmp_path / "last.ckpt"])
+    io.save(state, [tmp_path / "best.ckpt", tmp_path / "last.ckpt"])
     failures = io.wait()
     assert list(failures) == [tmp_path / "best.ckpt", tmp_path / "last.ckpt"]
     assert "state_dict.w has a number that is not finite" in str(failures[tmp_path / "best.ckpt"])
@@ -166,13 +166,14 @@ def test_what_is_not_finite_is_never_saved(tmp_path, bad, dtype):
 
 KILLED = """
 import os, signal, sys, torch
+from pathlib import Path
 from mla_lm.training.background_save import BackgroundCheckpointIO
 
-path, io = sys.argv[1], BackgroundCheckpointIO()
-io.save_checkpoint({"state_dict": {"w": torch.zeros(3)}}, path)
+path, io = Path(sys.argv[1]), BackgroundCheckpointIO()
+io.save({"state_dict": {"w": torch.zeros(3)}}, [path])
 io.wait()
-io.save_checkpoint({"state_dict": {"w": torch.ones(100_000_000)}}, path)
-while not any(os.path.getsize(f.path) > 2**20 for f in os.scandir(os.path.dirname(path))):
+io.save({"state_dict": {"w": torch.ones(100_000_000)}}, [path])
+while not any(os.path.getsize(f.path) > 2**20 for f in os.scandir(path.parent)):
     pass
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -237,7 +238,7 @@ def test_a_run_says_that_it_could_not_save(train, tmp_path):
 def test_from_a_gpu(tmp_path):
     weight = torch.ones(10_000_000, device="cuda")
     io = BackgroundCheckpointIO()
-    io.save_checkpoint({"state_dict": {"weight": weight}}, tmp_path / "a.ckpt")
+    io.save({"state_dict": {"weight": weight}}, [tmp_path / "a.ckpt"])
     weight.add_(1)
     io.wait()
     assert torch.equal(load_checkpoint(tmp_path / "a.ckpt")["state_dict"]["weight"], torch.ones(10_000_000))

@@ -1,14 +1,12 @@
-"""metrics.jsonl, and when wandb is online."""
+"""metrics.jsonl, and what is logged beside it."""
 
 import json
 import time
 
-import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mla_lm.errors import UserError
-from mla_lm.training.loggers import MetricsFile, wandb_mode
-
-HOST = "https://wandb.example"
+from mla_lm.runs.folder import RunFolder
+from mla_lm.training.loggers import MetricsFile, RunLogger, TensorBoard
 
 
 def test_rows_past_the_checkpoint_are_cut(tmp_path):
@@ -27,16 +25,36 @@ def test_rows_past_the_checkpoint_are_cut(tmp_path):
     assert rows[2]["seconds"] >= rows[1]["seconds"] >= 50
 
 
-def test_wandb_is_online_where_the_user_is_logged_in(tmp_path, monkeypatch):
-    netrc = tmp_path / "netrc"
-    monkeypatch.setenv("NETRC", str(netrc))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert wandb_mode(HOST) == "offline"
-    netrc.write_text(f"machine wandb.example login user password {'0' * 40}\n")
-    assert wandb_mode(HOST) == "online"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode(HOST) == "offline"
-    monkeypatch.setenv("WANDB_MODE", "sometimes")
-    with pytest.raises(UserError, match="sometimes"):
-        wandb_mode(HOST)
+class Broken:
+    """A service that takes nothing."""
+
+    name = "the service"
+
+    def log_metrics(self, metrics, step):
+        raise RuntimeError("it is gone")
+
+    log_samples = log_metrics
+
+    def finish(self, summary, error):
+        raise RuntimeError("it is gone")
+
+
+def test_a_service_that_fails_is_told_once_and_metrics_are_kept(tmp_path, capsys):
+    logger = RunLogger(MetricsFile(tmp_path / "metrics.jsonl", 100, 0, time.monotonic()), Broken())
+    for step in (1, 2):
+        logger.log_metrics({"loss": 1.0}, step)
+        logger.log_samples([("a", "b")], step)
+    assert logger.finish({"finished": True}, None) is None
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert capsys.readouterr().err == "warning: the service could not log (it is gone): training goes on\n"
+
+
+def test_tensorboard_gets_numbers_and_samples(tmp_path):
+    board = TensorBoard(RunFolder(tmp_path))
+    board.log_metrics({"train/loss": 2.5}, 3)
+    board.log_samples([("def ", "f():\n  pass"), ("", "x")], 3)
+    board.finish({}, None)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 2.5)]
+    (text,) = events.Tensors("samples/text_summary")
+    assert text.tensor_proto.string_val == [b"    def f():\n      pass\n\n    x"]

@@ -1,0 +1,92 @@
+"""What a configuration leaves open, settled once: by the machine, the data, and the sweep that a run belongs to."""
+
+from typing import Any, NamedTuple
+
+from mla_lm.config import SweepJob, TrainConfig, TrainerConfig
+from mla_lm.data.store import TokenStore
+from mla_lm.data.tokenizer import vocabulary_size
+from mla_lm.errors import UserError
+from mla_lm.hardware import (
+    choose_accelerator,
+    choose_compile,
+    choose_precision,
+    choose_products,
+    matmul_flops_per_second,
+    take_own_gpu,
+)
+from mla_lm.model.size import model_size
+from mla_lm.runs.config_file import changed
+
+
+class Machine(NamedTuple):
+    """What a run computes on."""
+
+    device: str  # cpu, cuda or mps
+    precision: str  # by Lightning's name
+    reasons: list[str]  # a line for each choice
+
+
+class Resolved(NamedTuple):
+    """A configuration that leaves nothing open; nothing changes it from here on."""
+
+    config: TrainConfig
+    device: str  # cpu, cuda or mps
+    peak_flops: float  # of all devices together, per second: matrix products, measured in the run's precision
+    reasons: list[str]  # a line for each choice
+
+
+def choose_machine(wanted: TrainerConfig) -> Machine:
+    """Take a device and a precision, and prepare this process for them.
+
+    Raises:
+        UserError: the device or its precision is not there.
+    """
+    device, why = choose_accelerator(wanted.accelerator)
+    reasons = [f"device      {device} ({why})"]
+    if device == "cuda":
+        take_own_gpu()
+    precision, why = choose_precision(wanted.precision, device)
+    reasons.append(f"precision   {precision} ({why}{choose_products(device, precision)})")
+    return Machine(device, precision, reasons)
+
+
+def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: SweepJob | None = None) -> Resolved:
+    """A copy of the configuration with everything filled in, and why.
+
+    Args:
+        config: checked
+        job: of a sweep, where the run is one
+
+    Raises:
+        UserError: it contradicts the tokenizer, or asks for a compilation that does not work.
+    """
+    accelerator = {"cuda": "gpu"}.get(machine.device, machine.device)
+    of_machine = {"trainer.accelerator": accelerator, "trainer.precision": machine.precision}
+    config = changed(config, of_machine | _of_tokenizer(config, store) | _of_sweep(config, job))
+    peak_flops = matmul_flops_per_second(machine.device, machine.precision) * config.world_size
+    flops = model_size(config.model).flops_per_token * config.tokens_per_step * config.trainer.max_steps
+    compiled, why = choose_compile(config.compile, machine.device, flops / peak_flops, config.data.document_mask)
+    reasons = [*machine.reasons, f"compile     {compiled} ({why})"]
+    return Resolved(changed(config, {"compile": compiled}), machine.device, peak_flops, reasons)
+
+
+def _of_tokenizer(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
+    """What the model owes to the tokenizer; UserError where the configuration says otherwise."""
+    found = {
+        "vocab_size": vocabulary_size(store.tokenizer),
+        "document_token": store.end_of_text_id if config.data.document_mask else None,
+    }
+    for name, value in found.items():
+        if (given := getattr(config.model, name)) not in (None, value):
+            raise UserError(
+                f"model.{name}={given}, but with this tokenizer and data.document_mask it is {value}: leave it out"
+            )
+    return {f"model.{name}": value for name, value in found.items()}
+
+
+def _of_sweep(config: TrainConfig, job: SweepJob | None) -> dict[str, Any]:
+    """Group and tags in wandb; a group that the user gives stays."""
+    if job is None:
+        return {}
+    group = job.group if config.logger.group is None else config.logger.group
+    return {"logger.group": group, "tags": [*config.tags, *job.tags]}

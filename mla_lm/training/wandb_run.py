@@ -1,0 +1,102 @@
+"""Logging to Weights & Biases, online where the user has logged in, else into files that can be uploaded later."""
+
+import os
+import secrets
+import signal
+from pathlib import Path
+from typing import Any
+
+import requests
+import wandb
+
+from mla_lm.config import TrainConfig
+from mla_lm.errors import Interrupted, UserError
+from mla_lm.files import write_atomically
+from mla_lm.runs.folder import RunFolder
+
+WANDB_MODES = ("online", "offline", "dryrun", "disabled")
+WANDB_PATIENCE = 20  # seconds for the service to answer before the run goes on offline
+STEP = "trainer/global_step"
+
+
+class WandbRun:
+    """A run of wandb; its x axis is `trainer/global_step`, as wandb's own step cannot be taken back by a resume."""
+
+    name = "wandb"
+
+    def __init__(self, run: "wandb.Run"):
+        self.run = run
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log({**metrics, STEP: step})
+
+    def log_samples(self, samples: list[tuple[str, str]], step: int) -> None:
+        table = wandb.Table(columns=["prompt", "continuation"], data=[list(sample) for sample in samples])
+        self.run.log({"samples": table, STEP: step})
+
+    def finish(self, summary: dict[str, Any], error: BaseException | None) -> str | None:
+        """Close it; return the command that uploads it, if it is offline.
+
+        A run of wandb's own sweep that a signal other than Ctrl-C has stopped goes back into the sweep's queue, from
+        which the next agent takes it, with the same id.
+        """
+        signum = error.signum if isinstance(error, Interrupted) else None
+        offline, folder = self.run.offline, Path(self.run.dir).parent
+        self.run.summary.update(summary)
+        if signum not in (None, signal.SIGINT) and in_wandb_sweep():
+            self.run.mark_preempting()
+        self.run.finish(exit_code=128 + signum if signum else int(error is not None))
+        return f"wandb sync {folder}" if offline else None
+
+
+def open_wandb(config: TrainConfig, run: RunFolder) -> WandbRun | None:
+    """Begin, or go on with, the run of wandb that belongs to a run folder; None where WANDB_MODE=disabled."""
+    mode = wandb_mode(wandb.Settings().base_url)
+    if mode == "disabled":
+        return None
+    run_id = _wandb_id(run)
+    write_atomically(run.wandb_id_file, lambda file: file.write(run_id.encode() + b"\n"))
+    settings = {
+        "id": run_id,
+        "resume": "allow",
+        "dir": str(run.path),
+        "project": config.logger.project,
+        "group": config.logger.group,
+        "name": config.logger.name,
+        "tags": config.tags or None,
+    }
+    quiet = wandb.Settings(silent=True, init_timeout=WANDB_PATIENCE)
+    try:
+        return WandbRun(wandb.init(mode=mode, settings=quiet, **settings))
+    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+        print(f"wandb cannot be reached ({str(error).splitlines()[0]}): this run is logged offline")
+        wandb.teardown()
+        return WandbRun(wandb.init(mode="offline", settings=quiet, **settings))
+
+
+def _wandb_id(run: RunFolder) -> str:
+    """Of the run in wandb: what wandb's agent gave to a run of its sweep, what the folder has, or a new one."""
+    if in_wandb_sweep() and (given := os.environ.get("WANDB_RUN_ID")):
+        return given  # wandb.init takes no other then
+    return run.wandb_id_file.read_text().strip() if run.wandb_id_file.is_file() else secrets.token_hex(4)
+
+
+def in_wandb_sweep() -> bool:
+    """Whether an agent of wandb has started this process, as `wandb agent` does for conf/wandb_sweep.yaml."""
+    return "WANDB_SWEEP_ID" in os.environ
+
+
+def wandb_mode(host: str) -> str:
+    """What WANDB_MODE says; otherwise online where this user has logged in to `host`, offline where not.
+
+    wandb itself would ask on a terminal, and raise elsewhere.
+    """
+    if mode := os.environ.get("WANDB_MODE"):
+        if mode not in WANDB_MODES:
+            raise UserError(f"WANDB_MODE={mode} is unknown: one of {', '.join(WANDB_MODES)}")
+        return {"dryrun": "offline"}.get(mode, mode)
+    hosts = (host, "https://api.wandb.ai")  # where keys lie that were saved by older releases
+    logged_in = os.environ.get("WANDB_API_KEY") or any(requests.utils.get_netrc_auth(h) for h in hosts)
+    return "online" if logged_in else "offline"

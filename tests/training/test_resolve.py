@@ -1,0 +1,92 @@
+"""A configuration is filled in once, in a copy, and with reasons."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from mla_lm.config import MARKS, SweepJob, TrainConfig, TrainerConfig
+from mla_lm.data.config import DataConfig, TokenizerConfig
+from mla_lm.data.open_store import open_store
+from mla_lm.data.store import TokenStore
+from mla_lm.errors import UserError
+from mla_lm.keys import flatten
+from mla_lm.model.config import TransformerConfig
+from mla_lm.training.resolve import Machine, Resolved, choose_machine, resolve
+
+MACHINE = Machine("cpu", "32-true", ["device      cpu (as asked)", "precision   32-true (as asked)"])
+SMALL = TransformerConfig(num_layers=1, d_model=32, num_heads=2, seq_len=32, ff_hidden=32)
+
+
+@pytest.fixture
+def config(corpus, tmp_path) -> TrainConfig:
+    tokenizer = TokenizerConfig(kind="bytes")
+    data = DataConfig("text", str(corpus), tokenizer=tokenizer, cache_dir=str(tmp_path / "cache"))
+    return TrainConfig(model=SMALL, data=data, trainer=TrainerConfig(max_steps=3))
+
+
+@pytest.fixture
+def store(config) -> TokenStore:
+    return open_store(config.data)
+
+
+def test_everything_is_filled_in_and_nothing_else_changes(config, store):
+    before = asdict(config)
+    resolved = resolve(config, MACHINE, store)
+    assert asdict(config) == before
+    theirs, ours = flatten(before), flatten(asdict(resolved.config))
+    changed = {key: value for key, value in ours.items() if value != theirs[key]}
+    assert changed == {
+        "compile": False,
+        "model.vocab_size": 257,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+    }
+    assert all("filled_in" in MARKS[key] for key in changed)
+    assert resolved.reasons[:2] == MACHINE.reasons
+    assert resolved.reasons[2].startswith("compile     False (compiling takes about ")
+    assert resolved.device == "cpu"
+
+
+def test_resolving_again_changes_nothing(config, store):
+    config = resolve(config, MACHINE, store).config
+    again = resolve(config, MACHINE, store)
+    assert again.config == config
+    assert again.reasons[2] == "compile     False (as asked)"
+
+
+def test_a_document_mask_needs_the_end_of_text(config, store):
+    config.data.document_mask = True
+    resolved = resolve(config, MACHINE, store)
+    assert resolved.config.model.document_token == store.end_of_text_id
+    assert resolved.config.compile is False
+    assert "documents have other lengths" in resolved.reasons[2]
+
+
+@pytest.mark.parametrize(("key", "given"), [("vocab_size", 300), ("document_token", 0)])
+def test_what_the_tokenizer_decides_cannot_be_said_otherwise(config, store, key, given):
+    config.model = replace(SMALL, **{key: given})
+    with pytest.raises(UserError, match=f"model.{key}={given}, but with this tokenizer"):
+        resolve(config, MACHINE, store)
+
+
+def label_of(resolved: Resolved) -> tuple[str | None, list[str]]:
+    return resolved.config.logger.group, resolved.config.tags
+
+
+def test_a_job_of_a_sweep_is_found_by_its_group_and_tag(config, store):
+    config.tags = ["mine"]
+    job = SweepJob(["seed=1"], "day/time", ["learning_rate"])
+    assert label_of(resolve(config, MACHINE, store)) == (None, ["mine"])
+    assert label_of(resolve(config, MACHINE, store, job)) == ("day/time", ["mine", "learning_rate"])
+    config.logger.group = "given"
+    assert label_of(resolve(config, MACHINE, store, job)) == ("given", ["mine", "learning_rate"])
+    assert config.tags == ["mine"]
+
+
+def test_the_machine_is_what_is_asked_for():
+    machine = choose_machine(TrainerConfig(accelerator="cpu", precision="32-true"))
+    assert machine == MACHINE
+    assert torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(UserError, match="16-mixed needs a GPU"):
+        choose_machine(TrainerConfig(accelerator="cpu", precision="16-mixed"))
