@@ -7,7 +7,6 @@ cached tokens it needs neither the network nor `datasets`.
 
 import contextlib
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from mla_lm.data.config import CorpusConfig, DataConfig
 from mla_lm.data.corpus import SPLITS, Source, split_of
 from mla_lm.data.file_formats import PIECE, ROWS, column_values, import_datasets
 from mla_lm.data.hashes import content_hashes, hash_text, remembered
+from mla_lm.data.hub_errors import explained
 from mla_lm.data.network import from_cache_only, reach_hub
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
@@ -87,7 +87,7 @@ def _look_up(config: CorpusConfig, content: str | None, memory: Path) -> tuple[s
     known = remembered(memory)
     key = f"{config.path} {config.name} {content or config.revision}"
     if not _is_answer(known.get(key)):
-        with _network(config), _explained(config):
+        with _network(config), explained(config):
             builder = _builder(config, config.revision)
             known[key] = {"commit": content or builder.hash, "splits": list(builder.as_streaming_dataset())}
         text = json.dumps(known, indent=1)
@@ -152,7 +152,7 @@ def _one_document(lines: Iterable[str]) -> Iterator[dict]:
 def _values(config: CorpusConfig, commit: str, split: str) -> Iterator[str]:
     """Values of the column, whole or up to `max_characters`, from the disk."""
     datasets = import_datasets()
-    with _network(config), _explained(config):
+    with _network(config), explained(config):
         if config.max_characters:
             # kept by `datasets`, so that the network is read once, not once for each pass over the text
             asked = CorpusConfig(
@@ -191,7 +191,7 @@ def _column(rows: "Dataset | IterableDataset", config: CorpusConfig) -> Iterator
 
 
 def _batches(rows: "Dataset | IterableDataset", config: CorpusConfig) -> Iterator[dict[str, list]]:
-    with _explained(config):
+    with explained(config):
         yield from cast("Iterator[dict[str, list]]", rows.iter(ROWS))
 
 
@@ -212,9 +212,6 @@ def _builder(config: CorpusConfig, commit: str | None) -> "DatasetBuilder":
     return builder
 
 
-# what can go wrong
-
-
 @contextlib.contextmanager
 def _network(config: CorpusConfig) -> Iterator[None]:
     """Where the Hub cannot be reached, only the cache is looked at."""
@@ -225,57 +222,3 @@ def _network(config: CorpusConfig) -> Iterator[None]:
     import_datasets()  # takes a second, in which the Hub may answer
     with from_cache_only(not reached()):
         yield
-
-
-@contextlib.contextmanager
-def _explained(config: CorpusConfig) -> Iterator[None]:
-    """Whatever `datasets` and what it stands on raise, in words for the user."""
-    try:
-        yield
-    except Exception as error:
-        for cause in (error, error.__cause__, error.__context__):  # raised by ours, within theirs
-            if isinstance(cause, UserError):
-                raise cause from None
-        raise UserError(_explanation(config, error)) from error
-
-
-def _explanation(config: CorpusConfig, error: BaseException) -> str:
-    from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
-
-    if isinstance(error, DatasetGenerationError):
-        error = error.__cause__ or error  # which says what
-    text = str(error)
-    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
-    if isinstance(error, ConnectionError) or "is not cached" in text or "find cache for" in text:
-        return _without_network(config)
-    configs = re.search(r"(?:Available|available configs): (\[.*\])", text)
-    if configs:
-        names = ", ".join(re.findall(r"'([^']+)'", configs[1]))
-        wrong = f"has no configuration data.name={config.name}: it has" if config.name else "needs data.name, one of"
-        return f"{config.path} {wrong} {names}"
-    if "scripts are no longer supported" in text:
-        return (
-            f"data.path={config.path} is made by a Python script of its own, which is never run here: "
-            "choose a dataset of Parquet, JSON or text files"
-        )
-    if isinstance(error, DatasetNotFoundError):
-        return (
-            f"data.path={config.path}: {first}\n"
-            "  a dataset is named as its page on the Hub is, organisation/name; a private one needs `hf auth login`"
-        )
-    if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
-        return f"data.path={config.path} has no files of a dataset (Parquet, JSON, text): {first}"
-    return f"data.path={config.path} cannot be read: {first}"
-
-
-def _without_network(config: CorpusConfig) -> str:
-    from datasets.config import HF_DATASETS_CACHE
-    from huggingface_hub.constants import ENDPOINT
-
-    name = f" data.name={config.name}" if config.name else ""
-    return (
-        f"data.path={config.path}{name} is no folder and not in the cache {HF_DATASETS_CACHE}, "
-        f"and {ENDPOINT} cannot be reached.\n"
-        "  data=python_stdlib and data=text data.files=... need no network"
-    )
