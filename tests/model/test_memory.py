@@ -51,7 +51,7 @@ def measured(config: TransformerConfig, batch: int, dtype: torch.dtype, kind: st
     return allocations(forward)[-1], fixed + max(allocations(step))
 
 
-@pytest.mark.parametrize(("dtype", "shape"), zip([torch.float32, torch.bfloat16], SHAPES, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, SHAPES[0]), (torch.bfloat16, SHAPES[1])], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_within_a_tenth_of_what_is_measured(kind, dtype, shape):
     sizes, vocab_size, batch = shape

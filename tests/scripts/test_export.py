@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 from mla_lm import AttentionConfig, load_run
 from mla_lm.inference.texts import tokens_of_split
 from mla_lm.interop.hf.check import compare_with_transformers
-from mla_lm.interop.hf.folder import export_run
 from mla_lm.terminal import cli
 from scripts import export
 from tests.conftest import Result, call_main, refused, succeeded, summary_of
@@ -24,24 +23,23 @@ def call(folder, *arguments: str) -> Result:
     return call_main(lambda: cli.run(export.main), ["scripts.export", *arguments], folder)
 
 
-def test_a_trained_run(train, tmp_path):
+def test_a_trained_run(run, tmp_path):
     """transformers finds the loss that the run measured on its test split."""
-    succeeded(train("hydra.run.dir=run", "model.seq_len=64"))
     result = succeeded(call(tmp_path, "run", "out"))
     for engine in ("transformers  yes", "vLLM          no", "SGLang        no", "llama.cpp     no"):
         assert engine in result.stdout
-    summary = summary_of(tmp_path / "run")
+    summary = summary_of(run)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| bits per byte, test | {summary['test_bits_per_byte']:.4f} |" in card
     assert summary["data_fingerprint"] in card
     assert str(tmp_path) not in card
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    _, tokenizer, config = load_run(tmp_path / "run")
-    ids = torch.from_numpy(tokens_of_split(tmp_path / "run", "test", tokenizer, config)[:].astype("int64"))
+    _, tokenizer, config = load_run(run)
+    ids = torch.from_numpy(tokens_of_split(run, "test", tokenizer, config)[:].astype("int64"))
     nats = 0.0
     with torch.no_grad():
-        for window in (ids[start : start + 65] for start in range(0, len(ids) - 1, 64)):
+        for window in (ids[start : start + 33] for start in range(0, len(ids) - 1, 32)):
             logits = model(window[None, :-1]).logits[0]
             nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
     assert nats / (len(ids) - 1) == pytest.approx(summary["test_loss"], abs=1e-4)
@@ -89,21 +87,17 @@ def test_where_nothing_can_be_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "run"]
 
 
-def test_check(train, tmp_path):
+def test_check(runs, tmp_path):
     """It says that another process agrees, and fails where one does not."""
-    succeeded(train("hydra.run.dir=run", "model.seq_len=64"))
-    result = succeeded(call(tmp_path, "run", "out", "--check"))
+    result = succeeded(call(tmp_path, str(runs / "mla"), "out", "--check"))
     assert "DeepseekV3ForCausalLM has loss " in result.stdout
-    assert "the same 48 greedy tokens" in result.stdout
-    other = make_run(tmp_path / "other", MLA)
-    windows = torch.randint(257, (2, other.config.seq_len + 1))
-    export_run(tmp_path / "other", tmp_path / "theirs")
-    assert compare_with_transformers(other, tmp_path / "theirs", windows)[0]
-    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert "the same 16 greedy tokens" in result.stdout
+    weights = load_file(tmp_path / "out" / "model.safetensors")
     weights["model.layers.1.self_attn.kv_b_proj.weight"] *= 1.1
-    save_file(weights, tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
-    assert not compare_with_transformers(other, tmp_path / "theirs", windows)[0]
-    refused(call(tmp_path, "run", "short", "--check", "--dtype", "bfloat16"), "--check", "fp32")
+    save_file(weights, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    windows = torch.randint(257, (2, 33))
+    assert not compare_with_transformers(load_run(runs / "mla")[0], tmp_path / "out", windows)[0]
+    refused(call(tmp_path, str(runs / "mla"), "short", "--check", "--dtype", "bfloat16"), "--check", "fp32")
 
 
 def test_biases_that_deepseek_has_not(tmp_path):

@@ -67,6 +67,7 @@ def test_nothing_in_the_text_controls_the_terminal_or_is_markup():
     assert shown[2:4] == [r"a\x1b[2Jb\rc\x07\u202e [bold]d", "    e"]
 
 
+@pytest.mark.e2e
 def test_a_terminal_shows_the_last_rows_and_in_the_end_all():
     def program():
         with growing_columns() as draw:
@@ -86,6 +87,7 @@ def test_a_terminal_shows_the_last_rows_and_in_the_end_all():
         assert "".join("".join(side[2:-2]).split()) == "".join(text.split())
 
 
+@pytest.mark.e2e
 def test_an_interruption_leaves_what_there_is_on_the_terminal():
     def program():
         with growing_columns() as draw:
