@@ -236,7 +236,7 @@ def plant(monkeypatch, hook: str, steps: Collection[int], act: Callable[["Langua
 
 def wait_until_stopped(process: "Program") -> None:
     """By SIGSTOP."""
-    os.waitid(os.P_PID, process.process.pid, os.WSTOPPED | os.WNOWAIT)
+    os.waitpid(process.process.pid, os.WUNTRACED)
 
 
 def summary_of(run: Path) -> dict:

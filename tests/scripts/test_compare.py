@@ -6,28 +6,18 @@ import itertools
 import re
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.text import Text
 
-from mla_lm.config import TrainConfig, TrainerConfig
-from mla_lm.model.config import AttentionConfig, TransformerConfig
 from mla_lm.model.size import model_size
-from mla_lm.optim.optimizer import OptimizerConfig
 from mla_lm.runs.folder import RunFolder
-from mla_lm.study import plot
-from mla_lm.study.compare import Run, named_rows
 from mla_lm.terminal import cli
 from scripts import compare
-from tests.conftest import SMALL, Result, TrainCommand, call_main, refused, rows_of, succeeded, summary_of
+from tests.conftest import SMALL, Result, TrainCommand, call_main, refused, succeeded, summary_of
 
 
 @pytest.fixture(scope="module")
@@ -162,102 +152,3 @@ def test_without_matplotlib(runs, tmp_path, monkeypatch):
     succeeded(run(runs, "mla"))
     refused(run(runs, "mla", "--out", str(tmp_path / "out")), "matplotlib", "pip install")
     assert not (tmp_path / "out").exists()
-
-
-def names(*configs: TrainConfig) -> list[str]:
-    """Of the rows of runs in folders a, b, c, ..."""
-    folders = "abcdef"[: len(configs)]
-    groups = [
-        [Run(RunFolder(Path("/runs") / folder), config, {})] for folder, config in zip(folders, configs, strict=True)
-    ]
-    return list(named_rows(groups))
-
-
-def mla(kv_compressed_dim: int, **sizes: int) -> TrainConfig:
-    return TrainConfig(
-        model=TransformerConfig(
-            attention=AttentionConfig(kind="mla", kv_compressed_dim=kv_compressed_dim, rope_dim=16), **sizes
-        )
-    )
-
-
-def test_names_leave_out_what_columns_tell():
-    mha = TrainConfig(model=TransformerConfig(ff_hidden=688), trainer=TrainerConfig(max_steps=7), seed=3)
-    assert names(mla(64), mha) == ["a", "b"]
-    assert names(mla(64), mla(64, d_model=512, ff_hidden=900)) == ["a, model.d_model=256", "b, model.d_model=512"]
-    key = "model.attention.kv_compressed_dim"
-    assert names(mla(64), mla(80), mha) == [f"a, {key}=64", f"b, {key}=80", "c"]
-    rates = [replace(config, optimizer=OptimizerConfig(lr=lr)) for config in (mla(64), mha) for lr in (1e-3, 3e-4)]
-    assert names(*rates) == [f"{name}, optimizer.lr={lr}" for name, lr in zip("abcd", [0.001, 0.0003] * 2, strict=True)]
-
-
-def test_names_of_long_values_keep_their_ends():
-    paths = [f"/home/someone/projects/language/models/{name}" for name in ("first", "second")]
-    for path, name in zip(paths, names(*(TrainConfig(init_from=path) for path in paths)), strict=True):
-        value = name.partition("=")[2]
-        assert len(value) == 40
-        assert value.startswith("...")
-        assert path.endswith(value[3:])
-
-
-def test_folders_of_one_name_are_named_with_the_one_above():
-    runs = [Run(RunFolder(Path(f"/runs/{sweep}/0")), TrainConfig(), {}) for sweep in ("first", "second")]
-    assert list(named_rows([[run] for run in runs])) == ["first/0", "second/0"]
-    assert list(named_rows([runs])) == ["0 (2 runs)"]  # of the same seed
-
-
-def test_curve_and_point_are_mean_and_deviation_over_seeds(runs):
-    folders = [RunFolder(runs / "sweep" / job) for job in ("0", "2")]
-    axes = Figure().subplots()
-    plot.draw_curve(axes, "label", folders, "bits_per_byte", "black")
-    validated = [[row for row in rows_of(folder.path) if "val/loss" in row] for folder in folders]
-    (tokens, values) = axes.lines[0].get_data()
-    assert list(tokens) == [row["tokens"] for row in validated[0]]
-    pairs = [[row["val/bits_per_byte"] for row in rows] for rows in zip(*validated, strict=True)]
-    assert list(values) == pytest.approx([mean(pair) for pair in pairs])
-    band = axes.collections[0].get_paths()[0].get_extents()
-    assert band.y1 == pytest.approx(max(mean(pair) + stdev(pair) for pair in pairs))
-
-    x, y, error = plot.point(folders, "loss")
-    losses = [summary_of(folder.path)["test_loss"] for folder in folders]
-    assert (x, y, error) == (summary_of(runs / "mla")["kv_cache_bytes_per_token"], mean(losses), stdev(losses))
-
-
-def test_seeds_validated_at_other_steps_share_the_steps_they_have(runs, tmp_path):
-    shutil.copytree(runs / "mla", tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
-    validated = [line for line in lines if "val/loss" in line]
-    assert len(validated) == 2
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(line for line in lines if line != validated[0]))
-    axes = Figure().subplots()
-    plot.draw_curve(axes, "label", [RunFolder(runs / "mla"), RunFolder(tmp_path / "run")], "loss", "black")
-    assert list(axes.lines[0].get_xdata()) == [6 * 256]
-
-
-@settings(max_examples=15)
-@given(points=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 30)), min_size=2, max_size=9))
-def test_labels_of_points_do_not_overlap(points):
-    axes = Figure(figsize=(5, 4)).subplots()
-    axes.scatter([x for x, _ in points], [y for _, y in points])
-    plot.label_points(axes, [f"mla {i}" for i in range(len(points))], [(x, y, 0.0) for x, y in points])
-    axes.figure.draw_without_rendering()  # puts the names where they are to be
-    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to the points
-    assert not [i for i, box in enumerate(boxes) if box.count_overlaps(boxes[:i])]
-
-
-def test_a_legend_does_not_say_twice_what_attention_a_row_has(runs, monkeypatch):
-    labels, draw = [], plot.draw_curve
-
-    def watched(axes, label, *row) -> None:
-        labels.append(label)
-        draw(axes, label, *row)
-
-    monkeypatch.setattr(plot, "draw_curve", watched)
-    folders = [RunFolder(runs / "mla"), RunFolder(runs / "mla")]
-    plot.plot({"mla (2 seeds)": folders, "0, optimizer.lr=0.001": [RunFolder(runs / "mha")]}, "loss")
-    assert labels == ["mla (2 seeds)", "mha: 0, optimizer.lr=0.001"]
-
-
-def test_as_many_colours_as_rows():
-    for count in (1, 7, 8, 40):
-        assert len(set(plot.colours(count))) == count
