@@ -89,10 +89,10 @@ def sums_over(
     cache_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`sums_by_position` summed over all windows, (3, T - first)."""
-    sums = 0.0
+    sums = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for batch in tqdm(DataLoader(windows, batch_size), desc="evaluating", disable=None):  # None: only on a terminal
-            sums += sums_by_position(net, batch.to(token_bytes.device), token_bytes, first, cache_dtype)
+            sums = sums + sums_by_position(net, batch.to(token_bytes.device), token_bytes, first, cache_dtype)
     return sums
 
 

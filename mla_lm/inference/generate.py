@@ -66,7 +66,7 @@ def generate(
         raise UserError(f"a prompt of {longest} tokens is longer than the model's seq_len={seq_len}")
     end = min(longest + max_tokens, seq_len)
     given = _side_by_side(prompts, end)
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=given.device)
+    seen = torch.zeros(len(prompts), model.head.weight.size(0), dtype=torch.bool, device=given.device)
     seen.scatter_(1, torch.where(given == NOTHING, given[:, :1], given), True)  # the row's first id in place of NOTHING
     cache = cache or model.new_cache(len(prompts), end, dtype)
     if cache.length >= shortest:

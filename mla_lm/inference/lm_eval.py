@@ -4,6 +4,9 @@ It gives the same numbers as the harness's own HFLM for the exported run (`scrip
 end-of-text token, and whatever is too long for the model is cut in the same way.
 """
 
+# pyright: reportMissingImports=false
+# The harness is optional: requirements-eval.txt.
+
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple

@@ -4,6 +4,7 @@ import io
 import json
 import math
 from statistics import mean, stdev
+from typing import cast
 
 from mla_lm.attention import KINDS
 from mla_lm.errors import UserError
@@ -13,6 +14,7 @@ try:
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure  # pyplot would want a display, or be told that there is none
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 except ImportError as error:
     raise UserError("the plot of --out needs matplotlib: pip install -r requirements.txt") from error
@@ -38,8 +40,9 @@ def plot(rows: dict[str, list[RunFolder]], measure: str) -> bytes:
     labels = short_labels(list(rows.values()))
     columns = max(1, min(len(rows), 110 // (max(map(len, rows)) + 15)))  # of the legend
     height = 4.5 + 0.25 * math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(11, height), dpi=150, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(
+        figsize=(11, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1), facecolor="white"
+    )
     left, right = figure.subplots(1, 2)
     several = any(len(runs) > 1 for runs in rows.values())
     left.set(
@@ -108,10 +111,11 @@ def short_labels(rows: list[list[RunFolder]]) -> list[str]:
 
 def label_points(axes: Axes, labels: list[str], points: list[tuple[float, float, float]]) -> None:
     """Name each point to its right; higher where another's name is."""
-    axes.figure.draw_without_rendering()  # settles where the points are
+    figure = cast(Figure, axes.figure)
+    figure.draw_without_rendering()  # settles where the points are
     placed: list[tuple[float, float]] = []
     for (x, y, _), label in sorted(zip(points, labels, strict=True), key=lambda labelled: labelled[0][1]):
-        across, up = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+        across, up = axes.transData.transform((x, y)) * 72 / figure.dpi
         height = up
         for other_across, other_height in placed:  # from the lowest on
             if abs(across - other_across) < LABEL_WIDTH and height < other_height + LABEL_HEIGHT:

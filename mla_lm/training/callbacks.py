@@ -6,7 +6,7 @@ import textwrap
 import time
 from collections import deque
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from mla_lm.errors import UserError
 from mla_lm.hardware import DTYPES, inference_autocast, peak_memory_bytes
 from mla_lm.inference.generate import generate
 from mla_lm.terminal.plain_text import printable
+from mla_lm.training.loggers import RunLogger
 from mla_lm.training.module import LanguageModel
 
 MOST_RATES = 10_000  # the last ones, so that a checkpoint does not grow with the run
@@ -78,7 +79,7 @@ class Metrics(Callback):
         self.began = time.perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
-        if self.paused_since:
+        if self.paused_since and self.began is not None:
             paused, self.paused_since = time.perf_counter() - self.paused_since, None
             self.began += paused
             self.mark = (self.mark[0], self.mark[1] + paused) if self.mark else None
@@ -90,11 +91,11 @@ class Metrics(Callback):
             return
         # Tensors are read here and only here, so that the steps between never wait for the device.
         module.stop_if_diverged()
-        self.train_loss = trainer.strategy.reduce(module.loss).item()
+        self.train_loss = float(trainer.strategy.reduce(module.loss))
         metrics = {
             "train/loss": self.train_loss,
             "train/perplexity": math.exp(min(self.train_loss, 700.0)),
-            "train/lr": module.optimizers().param_groups[0]["lr"],
+            "train/lr": module.optimizer.param_groups[0]["lr"],
             "train/grad_norm": module.grad_norm.item(),
             "train/tokens": step * self.config.tokens_per_step,
             "memory/peak_mib": peak_memory_bytes(module.device.type) / 2**20,
@@ -143,7 +144,7 @@ class Samples(Callback):
         print(f"samples at step {trainer.global_step}:")
         for prompt, text in samples:  # an empty line after each, as texts may have any number of lines
             print(textwrap.indent(printable((prompt + text).expandtabs(4)), "  | ", lambda line: True) + "\n")
-        for logger in trainer.loggers:
+        for logger in cast(list[RunLogger], trainer.loggers):
             logger.log_samples(samples, trainer.global_step)
 
     def _continue(self, module: LanguageModel, ids: list[int]) -> str:
@@ -155,7 +156,7 @@ class Samples(Callback):
             module.net, prompt, samples.max_tokens, samples.temperature, generator=generator, dtype=DTYPES[precision]
         )
         with inference_autocast(module.device.type, precision):
-            new = itertools.takewhile(lambda i: i != self.store.end_of_text_id, (token.item() for token in tokens))
+            new = itertools.takewhile(lambda i: i != self.store.end_of_text_id, (int(token) for token in tokens))
             return decode(self.store.tokenizer, new)
 
 
@@ -184,6 +185,7 @@ class CacheMemory(Callback):
         self.size = self.size or self._measure(module)
 
     def on_validation_end(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        assert self.size  # measured at its start
         metrics = {
             "kv_cache/bytes_per_token": self.size.bytes_per_token,
             "kv_cache/mib_at_seq_len": self.size.bytes_at_seq_len / 2**20,
@@ -203,6 +205,6 @@ class CacheMemory(Callback):
         return {"dtype": str(self.dtype), **(self.size._asdict() if self.size else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        measured = {name: state.get(name) for name in CacheSize._fields}
+        measured: dict[str, Any] = {name: state.get(name) for name in CacheSize._fields}
         if state.get("dtype") == str(self.dtype) and None not in measured.values():
             self.size = CacheSize(**measured)  # else the run goes on in another precision, or had not measured it yet

@@ -1,6 +1,7 @@
 """The data of a run as Lightning wants it."""
 
 import bisect
+from typing import Any
 
 import lightning as L
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -32,9 +33,10 @@ class TextDataModule(L.LightningDataModule):
         self.config, self.store = config, store
         self.start_step = 0
         names = [f"data.parts[{number}] train" for number in range(len(store.mixed))] or ["train"]
-        self.train_windows = ConcatDataset(
+        self.parts = [
             Windows(part.tokens("train"), seq_len, name) for (_, part), name in zip(store.parts, names, strict=True)
-        )
+        ]
+        self.train_windows = ConcatDataset(self.parts)
         self.val_windows = EvaluationWindows(store.tokens("validation"), seq_len, config.data.val_tokens)
         self.test_windows = EvaluationWindows(store.tokens("test"), seq_len, split="test")
         if (fewest := min(len(self.val_windows), len(self.test_windows))) < config.world_size:
@@ -45,7 +47,7 @@ class TextDataModule(L.LightningDataModule):
 
     def order(self) -> Order:
         """Which windows each step takes."""
-        sizes = [len(windows) for windows in self.train_windows.datasets]
+        sizes = [len(windows) for windows in self.parts]
         return Order(sizes, [weight for weight, _ in self.store.parts], self.config.seed)
 
     def places(self, step: int) -> str:
@@ -84,7 +86,7 @@ class TextDataModule(L.LightningDataModule):
         share = Subset(windows, range(self.rank, len(windows), self.world_size))  # no window twice, whatever the world
         return self._loader(share, batch_size=self.config.micro_batch_size)
 
-    def _loader(self, windows: Dataset, **batches: object) -> DataLoader:
+    def _loader(self, windows: Dataset, **batches: Any) -> DataLoader:
         on_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return DataLoader(windows, num_workers=self.config.data.num_workers, pin_memory=on_cuda, **batches)
 
@@ -95,3 +97,8 @@ class TextDataModule(L.LightningDataModule):
     @property
     def world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+
+def datamodule_of(trainer: L.Trainer) -> TextDataModule:
+    """What the trainer was given to fit or test on."""
+    return trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it without declaring it

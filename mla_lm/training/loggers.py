@@ -120,12 +120,18 @@ class RunLogger(Logger):
     Whatever they raise is told once, and training goes on.
     """
 
-    name, version = "run", ""  # which Lightning asks for
-
     def __init__(self, file: MetricsFile, service: Service | None):
         super().__init__()
         self.file, self.service = file, service
         self.failed: set[str] = set()  # names of those that have
+
+    @property
+    def name(self) -> str:  # which Lightning asks for, as the version
+        return "run"
+
+    @property
+    def version(self) -> str:
+        return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:

@@ -16,6 +16,7 @@ from mla_lm.hardware import inference_autocast
 from mla_lm.inference.evaluate import position_table, ranges, sums_over
 from mla_lm.model.transformer import Transformer
 from mla_lm.runs.folder import RunFolder
+from mla_lm.training.datamodule import datamodule_of
 from mla_lm.training.module import LanguageModel
 
 
@@ -30,7 +31,7 @@ class LossByPosition(Callback):
         self.config, self.file = config, run.path / "loss_by_position.json"
 
     def on_fit_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        if not trainer.is_global_zero or trainer.datamodule.start_step:  # a resumed run has measured it
+        if not trainer.is_global_zero or datamodule_of(trainer).start_step:  # a resumed run has measured it
             return
         measured = {}
         if self.config.model.attention.yarn.factor != 1:
@@ -61,7 +62,7 @@ class LossByPosition(Callback):
         training = net.training
         net.eval()
         with inference_autocast(module.device.type, self.config.trainer.precision):
-            windows = trainer.datamodule.val_windows
+            windows = datamodule_of(trainer).val_windows
             sums = sums_over(net, windows, module.token_bytes, self.config.micro_batch_size)
         net.train(training)
         return sums

@@ -3,11 +3,12 @@
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from mla_lm.inference.evaluate import metrics_of, totals_of
 from mla_lm.model.transformer import Transformer
 from mla_lm.optim.optimizer import build_optimizer
 from mla_lm.optim.schedule import lr_factor
+from mla_lm.training.datamodule import datamodule_of
 
 MOST_SKIPPED = 20  # steps of a run, with on_nonfinite=skip
 
@@ -35,6 +37,8 @@ class LanguageModel(L.LightningModule):
         token_bytes: (vocab_size,) UTF-8 bytes that each token stands for, 0 for special tokens
         data_fingerprint: kept in checkpoints, so that a run is not resumed on other data
     """
+
+    token_bytes: Tensor
 
     def __init__(
         self,
@@ -69,11 +73,15 @@ class LanguageModel(L.LightningModule):
             self.global_step, self.config.trainer.max_steps, self.config.schedule
         )
 
+    @property
+    def optimizer(self) -> LightningOptimizer:
+        return cast(LightningOptimizer, self.optimizers())  # a list where there are several
+
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         # Dropout is a pure function of (seed, step, rank): a resumed run draws what the first would have drawn.
         place = np.random.SeedSequence((self.config.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0] >> 1))
-        optimizer = self.optimizers()
+        optimizer = self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = self.lr
         micro_batches = batch.split(self.config.micro_batch_size)
@@ -147,7 +155,7 @@ class LanguageModel(L.LightningModule):
         lr = self.config.optimizer.lr * lr_factor(step, self.config.trainer.max_steps, self.config.schedule)
         return (
             f"the loss is {loss:g} and the gradient norm {norm:g} at step {step + 1}, with learning rate {lr:g}, on "
-            f"the windows that begin at {self.trainer.datamodule.places(step)}"
+            f"the windows that begin at {datamodule_of(self.trainer).places(step)}"
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -55,7 +55,7 @@ class ProgressBar(Callback):
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.bars: Progress | None = None
+        self.bars = _bars()
 
     def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
         self._start()
@@ -78,40 +78,43 @@ class ProgressBar(Callback):
         self._start()
         self.evaluation = self.bars.add_task("test", total=sum(trainer.num_test_batches))
 
-    def on_validation_batch_end(self, *_: Any) -> None:
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         self.bars.advance(self.evaluation)
 
     on_test_batch_end = on_validation_batch_end
 
     def _start(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("elapsed"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=Console(stderr=True, markup=False, highlight=False, emoji=False),
-            refresh_per_second=FRAMES,
-            speed_estimate_period=600,  # seconds: steps may take minutes
-            redirect_stdout=sys.stdout.isatty(),  # what goes into a file stays there
-        )
+        self.bars = _bars()
         self.bars.start()
         self.bars.console.show_cursor()  # a process that is killed would leave the terminal without one
 
-    def _stop(self, *_: Any) -> None:
-        if self.bars:
-            self.bars.stop()
+    def _stop(self, *_: Any, **__: Any) -> None:
+        self.bars.stop()
 
     on_train_end = on_test_end = on_exception = _stop
+
+
+def _bars() -> "Progress":
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("elapsed"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=Console(stderr=True, markup=False, highlight=False, emoji=False),
+        refresh_per_second=FRAMES,
+        speed_estimate_period=600,  # seconds: steps may take minutes
+        redirect_stdout=sys.stdout.isatty(),  # what goes into a file stays there
+    )

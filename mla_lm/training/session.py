@@ -54,7 +54,7 @@ class Session:
         self.checkpoints = Checkpoints(run, config, self.metrics)
         precision = config.trainer.precision
         mha_bytes = 2 * config.model.d_model * config.model.num_layers * DTYPES[precision].itemsize
-        self.cache_memory = CacheMemory(precision, mha_bytes, CACHE_DTYPES.get(config.kv_cache_dtype))
+        self.cache_memory = CacheMemory(precision, mha_bytes, CACHE_DTYPES.get(config.kv_cache_dtype or ""))
         self.stop_on_signal = StopOnSignal(self.checkpoints, config)
         self.callbacks = self._callbacks()
 

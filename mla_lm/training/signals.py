@@ -42,7 +42,7 @@ class StopOnSignal(Callback):
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
-    def _listen(self, *_: Any) -> None:
+    def _listen(self, *_: Any, **__: Any) -> None:
         for signum in self.before:
             signal.signal(signum, self._receive)
 

@@ -4,10 +4,10 @@ import logging
 import warnings
 
 import lightning as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -31,7 +31,7 @@ def build_trainer(
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
         strategy=_ddp() if config.world_size > 1 else "auto",
-        precision=trainer.precision,
+        precision=trainer.precision,  # pyright: ignore[reportArgumentType] - TrainConfig.check knows the names
         max_steps=trainer.max_steps,
         val_check_interval=config.val_every_n_steps,
         check_val_every_n_epoch=None,

@@ -4,17 +4,20 @@ import os
 import secrets
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import requests
 import wandb
+from wandb.errors import CommError, UsageError
 
 from mla_lm.config import TrainConfig
 from mla_lm.errors import Interrupted, UserError
 from mla_lm.files import write_atomically
 from mla_lm.runs.folder import RunFolder
 
-WANDB_MODES = ("online", "offline", "dryrun", "disabled")
+Mode = Literal["online", "offline", "disabled"]
+# What WANDB_MODE may say.
+WANDB_MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 WANDB_PATIENCE = 20  # seconds for the service to answer before the run goes on offline
 STEP = "trainer/global_step"
 
@@ -70,7 +73,7 @@ def open_wandb(config: TrainConfig, run: RunFolder) -> WandbRun | None:
     quiet = wandb.Settings(silent=True, init_timeout=WANDB_PATIENCE)
     try:
         return WandbRun(wandb.init(mode=mode, settings=quiet, **settings))
-    except (wandb.errors.CommError, wandb.errors.UsageError) as error:
+    except (CommError, UsageError) as error:
         print(f"wandb cannot be reached ({str(error).splitlines()[0]}): this run is logged offline")
         wandb.teardown()
         return WandbRun(wandb.init(mode="offline", settings=quiet, **settings))
@@ -88,7 +91,7 @@ def in_wandb_sweep() -> bool:
     return "WANDB_SWEEP_ID" in os.environ
 
 
-def wandb_mode(host: str) -> str:
+def wandb_mode(host: str) -> Mode:
     """What WANDB_MODE says; otherwise online where this user has logged in to `host`, offline where not.
 
     wandb itself would ask on a terminal, and raise elsewhere.
@@ -96,7 +99,7 @@ def wandb_mode(host: str) -> str:
     if mode := os.environ.get("WANDB_MODE"):
         if mode not in WANDB_MODES:
             raise UserError(f"WANDB_MODE={mode} is unknown: one of {', '.join(WANDB_MODES)}")
-        return {"dryrun": "offline"}.get(mode, mode)
+        return WANDB_MODES[mode]
     hosts = (host, "https://api.wandb.ai")  # where keys lie that were saved by older releases
     logged_in = os.environ.get("WANDB_API_KEY") or any(requests.utils.get_netrc_auth(h) for h in hosts)
     return "online" if logged_in else "offline"

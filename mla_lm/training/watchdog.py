@@ -42,7 +42,7 @@ class Watchdog(Callback):
     def _end(self) -> None:
         self.over.set()
 
-    def _sign(self, *_: Any) -> None:
+    def _sign(self, *_: Any, **__: Any) -> None:
         self.alive = time.monotonic()
 
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = _sign
