@@ -6,6 +6,7 @@ import torch
 
 from mla_lm.config import TrainConfig, config_hash
 from mla_lm.hardware import peak_memory_bytes
+from mla_lm.model.config import TransformerConfig
 from mla_lm.model.size import ModelSize
 from mla_lm.runs.report import finite_or_none, git_commit
 from mla_lm.training.callbacks import CacheSize, Metrics
@@ -34,13 +35,7 @@ def summary(
     """
     return {
         "finished": bool(tested),
-        "attention": size.attention,
-        "num_layers": config.model.num_layers,
-        "d_model": config.model.d_model,
-        "num_heads": config.model.num_heads,
-        "parameters": size.parameters,
-        "non_embedding_parameters": size.non_embedding_parameters,
-        "seq_len": config.model.seq_len,
+        **_network(config.model, size),
         "seed": config.seed,
         "steps": steps,
         "tokens_seen": steps * config.tokens_per_step,
@@ -62,6 +57,18 @@ def summary(
         "git_commit": git_commit(),
         "data_fingerprint": data_fingerprint,
         "config_hash": config_hash(config),
+    }
+
+
+def _network(config: TransformerConfig, size: ModelSize) -> dict[str, Any]:
+    return {
+        "attention": size.attention,
+        "num_layers": config.num_layers,
+        "d_model": config.d_model,
+        "num_heads": config.num_heads,
+        "parameters": size.parameters,
+        "non_embedding_parameters": size.non_embedding_parameters,
+        "seq_len": config.seq_len,
     }
 
 
