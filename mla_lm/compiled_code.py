@@ -1,4 +1,4 @@
-"""Where compiled code is kept: in folders that nobody else can write, and whole."""
+"""Where compiled code is kept: in folders that only this user can write, without truncated files."""
 
 import fcntl
 import os
@@ -12,10 +12,10 @@ from mla_lm.files import private_folder
 
 
 def code_folder() -> Path:
-    """The folder for compiled code, beside what else torch keeps, where nobody else can put code of theirs.
+    """The folder for compiled code, beside torch's own caches, where nobody else can put code.
 
     Raises:
-        UserError: others can write it, or it cannot be made.
+        UserError: others can write the folder, or it cannot be made.
     """
     try:
         return private_folder(Path(torch.hub.get_dir()).with_name("mla_lm"))
@@ -24,29 +24,29 @@ def code_folder() -> Path:
 
 
 def prepare_folder() -> None:
-    """Have torch keep what it compiles in `code_folder`, where the user names no other: it would take a shared folder.
+    """Make torch keep compiled code in `code_folder`, unless the user names another. Its default folder is shared.
 
     Raises:
         UserError: others can write the folder.
     """
-    from torch._inductor import config  # takes half a second
+    from torch._inductor import config  # importing it takes half a second
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    default = default_cache_dir()  # which torch puts into the variable itself when it is imported
+    default = default_cache_dir()  # torch sets the variable to this when it is imported
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default) == os.path.abspath(default):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(code_folder() / "inductor")
     remove_cut_short(private_folder(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])))
     try:
-        private_folder(Path(default))  # where it keeps headers, whatever it is told
+        private_folder(Path(default))  # torch keeps headers there in any case
     except UserError:
-        config.cpp_cache_precompile_headers = False  # compiling takes half as long again
+        config.cpp_cache_precompile_headers = False  # then compiling takes half as long again
 
 
 def remove_cut_short(cache: Path) -> None:
-    """Remove the libraries in torch's folder whose compiler was killed while it wrote them.
+    """Remove libraries from torch's folder that are truncated because their compiler was killed.
 
-    torch takes a library that is there for whole, so that every later run would fail to load it. Its lock tells whether
-    another process is at work on one.
+    torch assumes that an existing library is complete, so every later run would fail to load it. A library whose lock
+    is held is left alone, since another process is at work on it.
     """
     for library in cache.glob("??/*.so"):
         if is_cut_short(library):
@@ -60,10 +60,10 @@ def remove_cut_short(cache: Path) -> None:
 
 
 def is_cut_short(library: Path) -> bool:
-    """Whether an ELF file ends before its table of sections, which linkers put last; elsewhere, whether it is empty."""
+    """Whether an ELF file ends before its section table, which comes last; for other files, whether they are empty."""
     with open(library, "rb") as file:
         header, size = file.read(64), file.seek(0, os.SEEK_END)
-    if header[:5] != b"\x7fELF\2":  # other systems have other headers, a linker that was killed may have written none
+    if header[:5] != b"\x7fELF\2":  # another system's, or the linker was killed before it wrote one
         return not header.strip(b"\0")
     start, entry, count = *struct.unpack_from("<Q", header, 0x28), *struct.unpack_from("<2H", header, 0x3A)
     return start + entry * count > size

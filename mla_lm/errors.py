@@ -1,4 +1,4 @@
-"""What can end a program other than success or a bug."""
+"""The exceptions that end a program, other than bugs."""
 
 # What to do about a run that diverged.
 ADVICE = (
@@ -8,7 +8,7 @@ ADVICE = (
 
 
 class UserError(ValueError):
-    """A user's mistake: its text says what is wrong, where, and what would be right.
+    """A user's mistake. Its text says what is wrong, where, and what would be right.
 
     `mla_lm.terminal.cli` prints it in at most three lines and exits with status 2. It is a `ValueError`, so that
     programs which use `MLA` or `Transformer` as a library can catch it without knowing this class.
@@ -16,13 +16,13 @@ class UserError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on, the loss is no number any more: its text says what to do; exit status 1."""
+    """Training cannot continue because the loss is not finite. Its text says what to do; the exit status is 1."""
 
 
 class Interrupted(BaseException):
-    """A signal ended the run at a step boundary, after its checkpoint was saved; exit status 128 + signal.
+    """A signal ended the run at a step boundary, after its checkpoint was saved. The exit status is 128 + signal.
 
-    Like KeyboardInterrupt it is no `Exception`: a sweep must not go on with its next job.
+    Like KeyboardInterrupt, it is not an `Exception`, so that a sweep does not continue with its next job.
     """
 
     def __init__(self, signum: int):

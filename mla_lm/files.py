@@ -1,4 +1,4 @@
-"""Files and folders on disk: whole or not at all, and private where code is loaded from them."""
+"""Writing files and folders completely or not at all, and keeping those private that code is loaded from."""
 
 import contextlib
 import grp
@@ -15,7 +15,7 @@ from mla_lm.errors import UserError
 
 
 class _Recorder:
-    """A binary file that remembers what the operating system said, for writers that put it into words of their own."""
+    """A binary file that keeps the operating system's error, for writers that replace it with one of their own."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -35,16 +35,16 @@ class _Recorder:
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], put: Callable[[Path, Path], None] = os.replace
 ) -> None:
-    """Call `write(file)` on a binary temporary file beside `path`, then put it in the place of `path` at once.
+    """Call `write(file)` on a binary temporary file beside `path`, then move it to `path` atomically.
 
-    Whoever reads `path`, whenever the process is killed, finds the old content or the new, never a part. The
-    temporary file is new, with a name that nobody can guess, so no link that somebody else has made is followed.
+    Whenever the process is killed, `path` has the old content or the new, never a part. The temporary file is new and
+    its name cannot be guessed, so no link made by somebody else is followed.
 
     Args:
-        put: moves the temporary file, now whole and on the disk, to `path`
+        put: moves the temporary file, which is complete and on the disk, to `path`
 
     Raises:
-        UserError: it cannot be written, for want of room or rights; the old content is still there.
+        UserError: the file cannot be written, for lack of space or permission; the old content is still there.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -53,7 +53,7 @@ def write_atomically(
             recorder = _Recorder(file)
             try:
                 write(cast(BinaryIO, recorder))
-            except RuntimeError as error:  # torch.save's word for whatever went wrong with the file
+            except RuntimeError as error:  # torch.save raises this for any failure of the file
                 raise recorder.error or error from error
             file.flush()
             os.fsync(file.fileno())
@@ -68,19 +68,22 @@ def write_atomically(
 
 
 def open_own(path: Path, mode: str) -> IO[bytes]:
-    """`open` for writing that follows no link at the end of `path`, which somebody else may have put there.
+    """Open a file for writing, unless `path` is a link, which somebody else may have put there.
 
     Raises:
-        OSError: there is a link, or it cannot be opened.
+        OSError: `path` is a link, or cannot be opened.
     """
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """The text of a file that somebody else may have written.
+    """Read a text file that somebody else may have written.
+
+    Args:
+        most_bytes: largest size that such a file can have
 
     Raises:
-        UserError: it is no file, such as a pipe, or has more bytes than any file of its kind.
+        UserError: it is not a regular file (but a pipe, for example), or is larger than that.
         OSError: it cannot be read.
     """
     status = path.stat()
@@ -92,7 +95,7 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, and see that they are on the disk; nothing happens where it is there."""
+    """Make a folder and its parents, and flush them to the disk. Do nothing if it exists."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -101,7 +104,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """A new name in a folder is on the disk only when the folder is."""
+    """Flush a folder to the disk; until then, a new name in it can be lost."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -110,10 +113,10 @@ def sync_folder(path: Path) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """A folder that nobody else can write; made for nobody else to read. For what is run, or kept secret.
+    """Return a folder that only this user can write, for code and secrets; a new one also only this user can read.
 
     Raises:
-        UserError: as `check_private`, or it cannot be made.
+        UserError: `check_private` refuses the folder, or it cannot be made.
     """
     try:
         _make_private(path)
@@ -126,17 +129,17 @@ def private_folder(path: Path) -> Path:
 def _make_private(path: Path) -> None:
     if not path.is_dir():
         _make_private(path.parent)
-        path.mkdir(mode=0o700, exist_ok=True)  # whatever the umask; `parents=True` would leave the others to it
+        path.mkdir(mode=0o700, exist_ok=True)  # whatever the umask; `parents=True` would apply it to the parents
 
 
 def check_private(path: Path) -> None:
-    """See that nobody but this user and root has a say in what is at `path`, a file or folder that is there.
+    """Check that only this user and root can change or replace the existing file or folder at `path`.
 
-    A folder above it that others can write is as good as itself, as they can put another in its place; in a sticky one,
-    such as /tmp, they cannot. So it is for both ends of a link.
+    Others who can write a folder above it can replace it, unless that folder is sticky, like /tmp. Both ends of a link
+    are checked.
 
     Raises:
-        UserError: somebody has.
+        UserError: somebody else can.
     """
     if path.stat().st_uid not in (os.getuid(), 0):
         raise UserError(f"{path} belongs to another user, so nothing in it is used: remove it, or name another place")
@@ -156,7 +159,7 @@ def _others_write(path: Path) -> bool:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether it is the group that many systems give each user for himself, whose folders the group can write."""
+    """Whether this is the user's private group, which many systems create for each user and let write their folders."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
     except KeyError:
@@ -165,17 +168,17 @@ def _is_own_group(gid: int) -> bool:
 
 
 def check_free(path: Path) -> None:
-    """Raises UserError where there is something that a new folder would write over."""
+    """Raise UserError if `path` is a file or a folder that is not empty."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is not empty: give a folder that is new or empty")
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write into, which takes the place of `path` at once, whole or not at all.
+    """Yield a temporary folder beside `path` to write into; on success, move it to `path` atomically.
 
     Raises:
-        UserError: there is something in `path`, or it cannot be written.
+        UserError: `path` is not empty, or cannot be written.
     """
     check_free(path)
     path = path.absolute()

@@ -1,4 +1,4 @@
-"""What the machine offers: device, precision, whether compiling pays, and how fast its matrix products are."""
+"""What the machine offers: device, precision, whether compiling pays, and the speed of matrix products."""
 
 import os
 import resource
@@ -13,16 +13,16 @@ from mla_lm.compiled_code import prepare_folder
 from mla_lm.errors import UserError
 
 DTYPES = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": torch.float32}
-COMPILE_SECONDS = {"cpu": 50.0, "cuda": 40.0}  # of the training step of a small model, measured; larger ones take more
-COMPILE_WORTH = {"cpu": 8, "cuda": 3}  # runs longer than this many times that gain: 10 to 20% of a step on a CPU
-UTILIZATION = 0.45  # of the matrix-product peak that an eager step reaches, for estimates only
+COMPILE_SECONDS = {"cpu": 50.0, "cuda": 40.0}  # measured for a small model's training step; larger ones take more
+COMPILE_WORTH = {"cpu": 8, "cuda": 3}  # longer runs than this many times that gain, 10 to 20% of a step on a CPU
+UTILIZATION = 0.45  # share of the matrix-product peak that an eager step reaches; for estimates only
 
 
 def choose_accelerator(wanted: str) -> tuple[str, str]:
-    """The device type to train on (cpu, cuda or mps), and why.
+    """Choose the device type to train on (cpu, cuda or mps); return it and the reason.
 
     Raises:
-        UserError: the wanted one is not there.
+        UserError: the machine lacks the wanted one.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
@@ -37,7 +37,7 @@ def choose_accelerator(wanted: str) -> tuple[str, str]:
 
 
 def choose_precision(wanted: str, device: str) -> tuple[str, str]:
-    """Lightning's name of the precision to train in, and why.
+    """Choose the precision to train in; return Lightning's name for it and the reason.
 
     Raises:
         UserError: fp16 on a CPU, where there is no fast fp16.
@@ -58,7 +58,7 @@ def choose_precision(wanted: str, device: str) -> tuple[str, str]:
 
 
 def take_own_gpu() -> None:
-    """Work on the GPU that Lightning will give this process, and not on the first, as every process would.
+    """Select the GPU that Lightning will give this process; by default, every process would use the first.
 
     Raises:
         UserError: there are more processes than GPUs.
@@ -70,26 +70,27 @@ def take_own_gpu() -> None:
 
 
 def choose_products(device: str, precision: str) -> str:
-    """Let a run in fp32 multiply in TF32 where a GPU can: factors of 10 bits, sums in fp32, several times the rate.
+    """Use TF32 for the matrix products of an fp32 run where the GPU has it; return a note on that, or "".
 
-    NVIDIA_TF32_OVERRIDE=0 in the environment keeps NVIDIA's libraries from it. Returns what to say of it, "" of fp32.
+    TF32 rounds factors to 10 bits, sums in fp32, and is several times as fast. NVIDIA_TF32_OVERRIDE=0 in the
+    environment keeps NVIDIA's libraries from it.
     """
     tf32 = device == "cuda" and precision == "32-true" and torch.cuda.is_tf32_supported()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")  # said in full: another job may have come before
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")  # always: an earlier job may have set it
     return "; products in training are TF32, which this GPU is fast in" if tf32 else ""
 
 
 def choose_compile(
     wanted: bool | None, device: str, seconds_at_peak: float, document_mask: bool = False
 ) -> tuple[bool, str]:
-    """Whether to compile the network, and why.
+    """Decide whether to compile the network; return that and the reason.
 
     Args:
-        seconds_at_peak: what the run's FLOPs take at the rate of a large matrix product
-        document_mask: attention takes the documents of each batch apart, which have other lengths every time
+        seconds_at_peak: time that the run's FLOPs would take at the rate of a large matrix product
+        document_mask: whether attention handles each document separately; their lengths differ in every batch
 
     Raises:
-        UserError: it is wanted together with document_mask, or where torch.compile does not work.
+        UserError: compiling is wanted together with document_mask, or torch.compile does not work here.
     """
     if document_mask and wanted:
         raise UserError(
@@ -113,15 +114,15 @@ def choose_compile(
 
 
 def cpp_compiler() -> str:
-    """The program that torch compiles C++ with, be it there or not."""
+    """The program with which torch compiles C++; it may be missing."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def compiler_failure(device: str) -> str | None:
-    """Why torch.compile does not work here, in a line, found by compiling one operation; None where it does.
+    """Compile one operation, and return in one line why torch.compile does not work here; None if it does.
 
-    A compiler that is there may still lack Python's headers, or a folder for what it makes. (Where torch has kept what
-    it made of this operation before, that is found and not the compiler.)
+    A compiler that exists may still lack Python's headers, or a folder for its output. (If torch has this operation in
+    its cache, the compiler is not run.)
     """
     if device == "cpu" and shutil.which(cpp_compiler()) is None:
         return f"there is no C++ compiler {cpp_compiler()}"
@@ -135,7 +136,7 @@ def compiler_failure(device: str) -> str | None:
 
 
 def check_compiler(device: str, option: str) -> None:
-    """Raises UserError where the option asks for compiling and torch.compile does not work."""
+    """Raise UserError, naming the option that asks for compiling, if torch.compile does not work."""
     if failure := compiler_failure(device):
         compiler = " a C++ compiler by CXX=," if device == "cpu" else ""
         raise UserError(
@@ -145,11 +146,11 @@ def check_compiler(device: str, option: str) -> None:
 
 
 def matmul_flops_per_second(device: str, precision: str) -> float:
-    """Rate of a large matrix product in the run's precision: the peak that utilisation is measured against."""
+    """Measure the FLOP/s of a large matrix product in the run's precision, the peak for model FLOPs utilisation."""
     size = {"cuda": 8192, "mps": 4096}.get(device, 1024)
     a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
     best = float("inf")
-    for _ in range(6):  # the first warms up
+    for _ in range(6):  # the first one warms up
         synchronize(device)
         start = time.perf_counter()
         a @ b
@@ -159,14 +160,14 @@ def matmul_flops_per_second(device: str, precision: str) -> float:
 
 
 def inference_autocast(device: str, precision: str) -> AbstractContextManager:
-    """The context to run the network in, outside of Lightning, as it runs within."""
+    """A context in which the network runs in the same precision as inside Lightning."""
     if precision == "32-true":
         return nullcontext()
     return torch.autocast(device, dtype=DTYPES[precision])
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Peak of the GPU's allocated memory, or the process's peak resident size on a CPU."""
+    """Peak memory in bytes: allocated on the GPU, or the process's peak resident size on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -174,20 +175,20 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or this machine had no memory left."""
+    """Whether an error means that a device or the machine ran out of memory."""
     of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return of_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def memory_bytes(device: str = "cpu") -> int:
-    """Memory of one GPU, or of the machine."""
+    """Total memory of the current GPU or of the machine, in bytes."""
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def synchronize(device: str) -> None:
-    """Wait for what was started on the device."""
+    """Wait for the work that was started on the device."""
     if device == "cuda":
         torch.cuda.synchronize()
     elif device == "mps":

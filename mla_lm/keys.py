@@ -39,12 +39,12 @@ def marks(schema: type) -> dict[str, Mapping[str, Any]]:
 
 
 def key_names(schema: type) -> list[str]:
-    """Dotted names of all keys of a dataclass of dataclasses, those that hold a value and no further keys."""
+    """Dotted names of all keys of nested dataclasses that hold values, not further keys."""
     return list(marks(schema))
 
 
 def flatten(config: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} as {"a.b": 1}; lists stay whole."""
+    """Flatten {"a": {"b": 1}} to {"a.b": 1}; lists stay whole."""
     flat = {}
     for name, value in config.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -69,8 +69,8 @@ def paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """A question for the end of a message: did you mean that one? Empty where none is near."""
-    # A key in the wrong place, such as max_steps for trainer.max_steps, is nearer than one that is spelled alike.
+    """A question for the end of a message, "did you mean ...?", or "" if no name is near."""
+    # A key in the wrong place, such as max_steps for trainer.max_steps, counts as nearer than a similar spelling.
     same_end = [candidate for candidate in names if candidate.split(".")[-1] == name.split(".")[-1]]
     near = same_end or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,7 +1,7 @@
-"""What a checkpoint file claims, held against what lies in it before torch.load takes memory for it.
+"""Validates a checkpoint file before torch.load: that its sizes are those of its content, and that it is undamaged.
 
-torch.load with `weights_only` runs no code, but the pickle may have it call functions such as `bytearray` and
-`torch.Tensor` with any size, and the checksums of the file's members are not looked at.
+With `weights_only`, torch.load runs no code. But the pickle can make it call functions such as `bytearray` and
+`torch.Tensor` with any size, and it does not verify the checksums of the archive's members.
 """
 
 import math
@@ -18,9 +18,9 @@ import torch
 
 from mla_lm.errors import UserError
 
-PICKLE_BYTES = 2**23  # 100 layers with two moments each take half a megabyte
-DIRECTORY_BYTES = 2**24  # of the names and places of all members: 100,000 tensors
-DEPTH = 50  # of containers in one another
+PICKLE_BYTES = 2**23  # largest data.pkl; 100 layers with two moments each take half a megabyte
+DIRECTORY_BYTES = 2**24  # largest list of members, enough for 100,000 tensors
+DEPTH = 50  # of nested containers
 OPCODES = (
     *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.BINPERSID),
     *(pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
@@ -51,17 +51,17 @@ STORAGES = {
 
 
 def check_archive(path: Path, tensors: bool = True) -> None:
-    """See that a file is as torch.save writes it, whole, with nothing in it that claims more than is there.
+    """Check that a file is complete and as torch.save writes it, and that nothing in it claims more than is there.
 
-    Its members lie one after another, not compressed, each with the checksum that was written with it; its pickle is
-    of dicts, lists, tuples, text, numbers and tensors, each tensor within its storage.
+    Its members must lie one after another, uncompressed, each matching its checksum. Its pickle may hold dicts, lists,
+    tuples, text, numbers and tensors, and each tensor must lie within its storage.
 
     Args:
-        tensors: take their checksums too, which reads the whole file
+        tensors: verify the tensors' checksums too, which reads the whole file
 
     Raises:
-        UserError: it is not; the text names the file and the member.
-        OSError: it cannot be read.
+        UserError: a check fails; the message names the file and the member.
+        OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
         size = file.seek(0, 2)
@@ -79,13 +79,13 @@ def check_archive(path: Path, tensors: bool = True) -> None:
 
 
 def _directory_bytes(tail: bytes, size: int) -> int:
-    """Length of the list of members, from the end of a zip file; without limit where it is not as torch writes it.
+    """Length of the list of members in bytes, read from the end of a zip file; 2^64 if that is not as torch writes it.
 
-    torch and Python follow what the end says in different ways, so it must say the same to both.
+    torch and Python interpret the end of the file differently, so it must mean the same to both.
     """
     if tail[-22:-18] != b"PK\x05\x06" or tail[-2:] != b"\0\0":
         return 2**64
-    if tail[-42:-38] != b"PK\x06\x07":  # no directory of 64 bits is pointed to
+    if tail[-42:-38] != b"PK\x06\x07":  # there is no pointer to a 64-bit directory
         return struct.unpack("<L", tail[-10:-6])[0]
     if tail[:4] != b"PK\x06\x06" or struct.unpack("<Q", tail[64:72])[0] != size - 98:
         return 2**64
@@ -114,7 +114,7 @@ def _check_members(path: Path, archive: zipfile.ZipFile) -> None:
 def _check_contents(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
     try:
         with archive.open(member) as file:
-            while file.read(2**20):  # which takes the checksum, and holds it against the one that was written
+            while file.read(2**20):  # reading to the end verifies the checksum
                 pass
     except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
         raise UserError(f"{path} is damaged: {member.filename} is not what was written ({error})") from error
@@ -136,15 +136,15 @@ def _check_pickle(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 class _Rehearsal(pickle._Unpickler):
-    """Reads a pickle as torch.load would, but makes no tensors, only sees whether they could be made.
+    """Reads a pickle as torch.load would, but only checks whether the tensors could be made, and makes none.
 
-    The unpickler in Python, as that in C takes memory for whatever index a pickle names.
+    It uses Python's own unpickler, since the one in C allocates memory for whatever index a pickle names.
 
     Args:
-        sizes: bytes of each member of the archive
+        sizes: size of each member of the archive, in bytes
 
     Raises, from `load`:
-        UserError: what the pickle holds and should not, to follow on its name.
+        UserError: the pickle holds what no checkpoint does; the message continues a sentence that begins with its name.
     """
 
     dispatch: ClassVar = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in OPCODES}
@@ -177,7 +177,7 @@ class _Rehearsal(pickle._Unpickler):
 
     def load_build(self) -> None:
         state = self.stack.pop()
-        if type(self.stack[-1]) is not OrderedDict or list(state) != ["_metadata"]:  # of Module.state_dict()
+        if type(self.stack[-1]) is not OrderedDict or list(state) != ["_metadata"]:  # from Module.state_dict()
             raise UserError("changes an object, which no checkpoint of this project does")
 
     dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.BUILD[0]: load_build}
@@ -189,7 +189,10 @@ class _Storage:
 
 
 def _check_keys(keys: list) -> None:
-    """Of dicts; a tuple of tuples that are one and the same takes forever to hash, and so do integers made for it."""
+    """Raise UserError for keys other than text and small integers.
+
+    Nested tuples that repeat one tuple, and integers chosen to collide, take forever to hash.
+    """
     if not all(type(key) is str or (type(key) is int and abs(key) < 2**31) for key in keys):
         raise UserError("has a dict with keys other than text and numbers")
 
@@ -197,7 +200,7 @@ def _check_keys(keys: list) -> None:
 def _tensor(
     storage: _Storage, offset: int, shape: tuple, stride: tuple, requires_grad: bool, hooks: OrderedDict
 ) -> None:
-    """In the place of torch._utils._rebuild_tensor_v2; one element may be shown as a tensor of any size."""
+    """Stand in for torch._utils._rebuild_tensor_v2, which can turn one element into a tensor of any size."""
     numbers = (offset, *shape, *stride)
     if len(numbers) > 20 or not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
         raise UserError("has a tensor of impossible sizes")
@@ -221,10 +224,10 @@ FUNCTIONS: dict[tuple[str, str], Callable] = {
 
 
 def _check_nesting(content: object, most: int) -> None:
-    """Raises UserError where walking through it ends in Python's limit of recursion, or does not end soon.
+    """Raise UserError if walking through the content would exceed Python's recursion limit or take too long.
 
     Args:
-        most: values that there may be, those in a container that is there twice counted twice
+        most: largest number of values; those in a container that occurs twice count twice
     """
     left = [(content, 0)]
     while left:

@@ -1,7 +1,7 @@
-"""config.yaml: a run's configuration as plain data.
+"""Reads and writes config.yaml, a run's configuration as plain data.
 
-A run may come from anybody, so what is read is text, numbers, lists and keys, and nothing else: `${...}` in a text is
-that text, never a variable of this machine, and no key makes an object of anything but the configuration itself.
+A run may come from anybody, so only texts, numbers, lists and keys are read. `${...}` in a text stays that text and is
+never replaced by a variable of this machine. No key makes an object of anything but the configuration's own classes.
 """
 
 import contextlib
@@ -17,21 +17,22 @@ from mla_lm.attention.gqa import kind_of_heads
 from mla_lm.config import TrainConfig
 from mla_lm.errors import UserError
 
-MOST_BYTES, DEEPEST = 2**20, 16  # of a file, and of the keys and lists within one another
+MOST_BYTES, DEEPEST = 2**20, 16  # largest file, in bytes; deepest nesting of keys and lists
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
 T = TypeVar("T")
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """The configuration with every key, in the order of the fields; `read_config` reads the same from it."""
+    """Format the configuration as YAML, with every key in the order of the fields; the inverse of `read_config`."""
     return yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 def read_config(path: Path) -> TrainConfig:
-    """The configuration in a file; keys that it lacks have their defaults.
+    """Read the configuration in a file; keys that it lacks get their defaults.
 
     Raises:
-        UserError: it cannot be read, is no run's, or has a key that does not exist or a value of another type.
+        UserError: the file cannot be read, is not a run's configuration, or has an unknown key or a value of a wrong
+            type.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
@@ -46,14 +47,14 @@ def read_config(path: Path) -> TrainConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     attention = content["model"].get("attention", {})
-    if "kind" not in attention:  # of a run from before it was written down
+    if "kind" not in attention:  # in a run from before the key existed
         own, heads = config.model.attention, config.model.num_heads
         own.kind = "mla" if own.kv_compressed_dim is not None else kind_of_heads(own.num_kv_heads, heads)
     return config
 
 
 def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """The configuration with other values at these dotted keys."""
+    """Return a copy of the configuration with new values at these dotted keys."""
     plain = asdict(config)
     for key, value in changes.items():
         *above, name = key.split(".")
@@ -65,14 +66,14 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 
 
 def from_plain(value: Any, kind: type[T], key: str = "") -> T:
-    """Plain data as what a field of a configuration holds: a dataclass, a list, a number, a text, a truth value, None.
+    """Convert plain data to the type of a configuration's field: a dataclass, list, number, text, bool or None.
 
     Args:
         kind: the field's type
-        key: its dotted name, for messages
+        key: its dotted name, for error messages
 
     Raises:
-        UserError: naming the key that does not exist, or whose value is of another type.
+        UserError: a key does not exist, or its value has a wrong type; the message names the key.
     """
     if type(value) is int and abs(value) >= 2**63:
         raise UserError(f"{key} is too large a number")
@@ -91,7 +92,7 @@ def from_plain(value: Any, kind: type[T], key: str = "") -> T:
         return [from_plain(item, of, f"{key}[{place}]") for place, item in enumerate(value)]
     if kind is Any and not isinstance(value, dict):
         return value
-    if kind is float and type(value) in (int, float, str):  # YAML 1.1 takes 1e-3 for a text
+    if kind is float and type(value) in (int, float, str):  # YAML 1.1 reads 1e-3 as a text
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     if type(value) is kind:
@@ -101,7 +102,7 @@ def from_plain(value: Any, kind: type[T], key: str = "") -> T:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Without aliases, which let a short file stand for an endless one, without tags, and without dates."""
+    """A YAML loader without tags, dates, and aliases, by which a short file could expand to an endless one."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
@@ -131,7 +132,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Line ends and what has no shape on a terminal as escapes: yaml reads some of them back as others."""
+    """Writes texts with line ends or unprintable characters as escapes, since yaml misreads some of these otherwise."""
 
     def represent_str(self, text: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
@@ -141,13 +142,13 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def _first_line(error: Exception) -> str:
-    """What is wrong, and where, in one line."""
+    """Describe an error and its line number in one line."""
     mark = getattr(error, "problem_mark", None)
     text = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error).partition("\n")[0]
     return f"line {mark.line + 1}: {text}" if mark else text
 
 
 def _shown(value: Any) -> str:
-    """As the file has it, shortened."""
+    """Format a value as in the file, shortened to 60 characters."""
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("\n...\n").strip()
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""The run folder: what lies where in it."""
+"""The run folder: which files it holds, and how they are read and written."""
 
 import fcntl
 import json
@@ -21,7 +21,7 @@ from mla_lm.files import whole_folder, write_atomically
 from mla_lm.runs.config_file import read_config, to_yaml
 from mla_lm.terminal.plain_text import say
 
-# What the tools read of the summary of a run that has finished, by what it must be.
+# Keys of a finished run's summary that the tools read, by the types that they may have.
 FIGURES = {
     (str,): ("attention", "data_fingerprint"),
     (int, float): ("parameters", "tokens_seen", "val_loss", "test_loss", "kv_cache_bytes_per_token"),
@@ -56,12 +56,12 @@ class RunFolder:
         return self.path / "checkpoints" / "best.ckpt"
 
     def lasts(self) -> list[Path]:
-        """last.ckpt and the versions before it that are kept, the newest first; what there is of them."""
+        """The existing ones of last.ckpt and its older versions, the newest first."""
         older = sorted(self.last.parent.glob("last-*.ckpt"), key=lambda path: (len(path.name), path.name))
         return [path for path in (self.last, *older) if path.is_file()]
 
     def checkpoints(self) -> list[Path]:
-        """All that a run can go on from."""
+        """All checkpoints from which the run can be resumed."""
         return self.lasts() + [self.best] * self.best.is_file()
 
     @property
@@ -78,11 +78,11 @@ class RunFolder:
 
     @property
     def origin_file(self) -> Path:
-        """That the paths in the configuration are this user's own: `mla_lm.runs.trust`."""
+        """The signature that marks the configuration's paths as this user's own; see `mla_lm.runs.trust`."""
         return self.path / "origin"
 
     def config(self) -> TrainConfig:
-        """The run's configuration.
+        """Read the run's configuration.
 
         Raises:
             UserError: config.yaml is damaged or of another version.
@@ -99,7 +99,7 @@ class RunFolder:
         self._write_text(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the run, `finished` among them; empty where it has none yet.
+        """Read the figures of the run, including `finished`; empty if there are none yet.
 
         Raises:
             UserError: summary.json is damaged.
@@ -123,14 +123,14 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it has come to its end, as far as summary.json can be read: a run goes on without it."""
+        """Whether the run has finished; False if summary.json is damaged, since a run can be resumed without it."""
         try:
             return bool(self.summary().get("finished"))
         except UserError:
             return False
 
     def reopen(self) -> None:
-        """Let summary.json say that the run is not at its end (any more). It is derived, so a damaged one goes."""
+        """Mark the run as unfinished in summary.json. A damaged one is deleted, as it can be made again."""
         try:
             if summary := self.summary():
                 self.write_summary({**summary, "finished": False})
@@ -140,18 +140,18 @@ class RunFolder:
 
     @property
     def is_begun(self) -> bool:
-        """Whether there is something in it to go on from."""
+        """Whether there is a configuration and a checkpoint to resume from."""
         return self.config_file.is_file() and bool(self.checkpoints())
 
     def foreign_files(self) -> list[str]:
-        """Names that a run would write over, where they are no run's."""
+        """Names of files that a run would overwrite, if the folder is not a run's already."""
         files = (self.tokenizer_file, self.last.parent, self.metrics_file, self.summary_file, self.wandb_id_file)
         files += (self.origin_file,)
         return [] if self.config_file.exists() else [file.name for file in files if file.exists()]
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by the one process that works on the run; on the folder itself, so that it leaves no file behind.
+        """Hold the lock of the one process that works on the run. It is on the folder, so it leaves no file behind.
 
         Raises:
             UserError: another process holds it.
@@ -165,7 +165,7 @@ class RunFolder:
                 f"another process is at work on {self.path}: wait for it, or choose another folder"
             ) from error
         finally:
-            os.close(folder)  # and with it the lock
+            os.close(folder)  # and release the lock
 
     @staticmethod
     def _write_text(path: Path, text: str) -> None:
@@ -173,10 +173,10 @@ class RunFolder:
 
 
 def find_run(path: str | Path) -> tuple[RunFolder, Path | None]:
-    """The run that a user names by its folder or by a checkpoint in it, and that checkpoint; None for a folder.
+    """Find a run by its folder or by a checkpoint in it; return the run and the checkpoint, None for a folder.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run at `path`.
     """
     path = Path(path).expanduser().absolute()
     if not path.exists():
@@ -188,7 +188,7 @@ def find_run(path: str | Path) -> tuple[RunFolder, Path | None]:
 
 
 def find_best(path: str | Path) -> tuple[RunFolder, Path]:
-    """As `find_run`, but of a folder the best checkpoint, or where there is none the last."""
+    """Like `find_run`, but for a folder return its best checkpoint, or its last if there is no best."""
     run, checkpoint = find_run(path)
     if checkpoint is None:
         checkpoint = run.best if run.best.is_file() else next(iter(run.lasts()), run.last)
@@ -196,13 +196,13 @@ def find_best(path: str | Path) -> tuple[RunFolder, Path]:
 
 
 def write_model(path: Path, config: TrainConfig, tokenizer: Tokenizer, checkpoint: dict[str, Any]) -> None:
-    """A run of a model that was not trained in it: `init_from` and the tools take it like any other.
+    """Write a run folder for a model that was not trained in it; `init_from` and the tools accept it like any other.
 
     Args:
-        checkpoint: the weights under `state_dict`; there is no training to go on with in it
+        checkpoint: the weights under `state_dict`, without a training state to resume from
 
     Raises:
-        UserError: `path` has something in it, or cannot be written.
+        UserError: `path` is not empty, or cannot be written.
     """
     with whole_folder(path) as draft:
         run = RunFolder(draft)

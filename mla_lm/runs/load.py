@@ -1,4 +1,4 @@
-"""A trained model from its run: nothing is made before its configuration has been held against its weights."""
+"""Loads a trained model from its run, after checking that its configuration describes its weights."""
 
 import re
 from dataclasses import replace
@@ -19,7 +19,7 @@ from mla_lm.runs.folder import RunFolder, find_best
 
 
 class LoadedRun(NamedTuple):
-    """What a run folder holds."""
+    """The content of a run folder."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -27,13 +27,14 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(path: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """The model of a run in evaluation mode, its tokenizer, and its configuration.
+    """Load the model of a run in evaluation mode, its tokenizer and its configuration.
 
     Args:
-        path: a run folder (its best checkpoint is taken, the last one where there is no best), or a checkpoint in one
+        path: a run folder, of which the best checkpoint is loaded, or the last if there is no best; or a checkpoint in
+            a run folder
 
     Raises:
-        UserError: there is no run, or it is damaged.
+        UserError: there is no run at `path`, or it is damaged.
     """
     run, checkpoint = find_best(path)
     config = run.config()
@@ -63,7 +64,7 @@ def _load_checkpoint_of(run: RunFolder, checkpoint: Path) -> dict[str, Any]:
 
 
 def load_weights(model: Transformer, checkpoint: Path) -> None:
-    """Load the network's weights.
+    """Load the weights of a checkpoint into a model.
 
     Raises:
         UserError: the checkpoint is missing, damaged, or of another model.
@@ -74,10 +75,10 @@ def load_weights(model: Transformer, checkpoint: Path) -> None:
 
 
 def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
-    """See that a model is that of the weights before it is made, and takes what memory its configuration says.
+    """Check that a configuration describes the weights, before a model is made that takes as much memory as it says.
 
     Raises:
-        UserError: it is another, or its tables of RoPE, which are no weights, are too large.
+        UserError: it describes another model, or RoPE's tables, which are not among the weights, are too large.
     """
     items = weights.items() if isinstance(weights, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in items):
@@ -85,10 +86,10 @@ def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor],
     try:
         with torch.device("meta"):
             one = Transformer(replace(config, num_layers=1)).state_dict()
-    except (RuntimeError, TypeError, OverflowError) as error:  # torch's words for sizes beyond 64 bits
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch raises these for sizes beyond 64 bits
         raise UserError(f"{checkpoint} holds another model: the configured one has impossible sizes") from error
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    if layers != config.num_layers:  # of which each takes time to write down, even where it takes no memory
+    if layers != config.num_layers:  # each layer takes time to list, even on the meta device
         raise UserError(
             f"{checkpoint} holds another model: {layers} layers are there, where model.num_layers={config.num_layers}"
         )
@@ -98,7 +99,7 @@ def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor],
 
 
 def check_tables(config: TransformerConfig) -> None:
-    """Raises UserError where the tables of RoPE, which are in no checkpoint, are larger than this machine's memory."""
+    """Raise UserError if RoPE's tables, which are in no checkpoint, are larger than this machine's memory."""
     dim = config.layer_config().rotated_dim
     needed, there = 4 * config.num_layers * config.seq_len * dim, memory_bytes()
     if needed > there:

@@ -1,4 +1,4 @@
-"""What a run says before training and at its end."""
+"""The text that a run prints before training and at its end."""
 
 import math
 import shlex
@@ -17,7 +17,7 @@ from mla_lm.terminal.tables import table
 
 
 def size_table(config: TrainConfig, dtype: torch.dtype) -> str:
-    """Parameters, FLOPs and cache of the model beside MHA, GQA and MQA of the same dimensions, as text."""
+    """Format a table of parameters, FLOPs and cache: the model, and MHA, GQA and MQA of the same dimensions."""
     headings = ("", "parameters", "FLOPs/token", "cache B/token", f"cache at {config.model.seq_len}", "vs MHA")
     mha = 2 * config.model.d_model
     return table([headings, *(_size_row(size, config, dtype, mha) for size in same_size_as(config.model))])
@@ -36,7 +36,7 @@ def _size_row(size: ModelSize, config: TrainConfig, dtype: torch.dtype, mha_elem
 
 
 def data_lines(store: TokenStore) -> list[str]:
-    """What there is to train, validate and test on, and what each part of a mixture contributes."""
+    """Describe the data: tokens of each split, and for a mixture also those of each part."""
     lines = [f"data        {store.description}{_skipped(store)}"]
     if store.mixed:
         lines = [f"data        a mixture of {len(store.mixed)} parts"]
@@ -57,13 +57,13 @@ def _counts(store: TokenStore) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """1536 as "1.5 KiB"."""
+    """Format a number of bytes: 1536 as "1.5 KiB"."""
     power = min(4, int(math.log(count, 1024))) if count >= 1 else 0
     return f"{count / 1024**power:,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def out_of_memory(config: TrainConfig, device: str) -> str:
-    """What a run that ran out of memory asked for, what there was, and what to change."""
+    """Explain a run that ran out of memory: what it needed, what the device has, and what to change."""
     dtype, batch = DTYPES[config.trainer.precision], config.micro_batch_size
     memory = training_memory(config.model, batch, dtype, device, config.optimizer.kind)
     checkpointing = config.model.activation_checkpointing
@@ -78,12 +78,12 @@ def out_of_memory(config: TrainConfig, device: str) -> str:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """JSON has no NaN."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def end_report(run: RunFolder, summary: dict, wandb_sync: str | None) -> str:
-    """The run's figures, where they are, and what to type next."""
+    """Format the run's figures, the place of its folder, and the commands to use it."""
     lines = [""]
     if summary["finished"]:
         lines += [
@@ -115,12 +115,12 @@ def _quality(summary: dict, stage: str) -> str:
 
 
 def _shown(path: Path) -> str:
-    """Relative where the path lies below the working directory, as the user would type it."""
+    """The path as a user would type it: relative if it lies below the working directory."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with "-dirty" where files differ from it; None outside a repository."""
+    """The commit of this code, with "-dirty" if files differ from it; None outside a repository."""
     here = Path(__file__).parent
     try:
         result = subprocess.run(

@@ -1,13 +1,13 @@
-"""Whose word counts for the paths in a run's config.yaml.
+"""Decides whether the paths in a run's config.yaml may be opened.
 
-A configuration names files that are read and a folder that copies of their text are written to. Of a run that this user
-made these are the user's own words. A run of somebody else could name anything: a private file, or a folder that others
-see. So whatever makes a run signs its paths with a key that only this user has, and whoever is about to open them asks
-here first. Where the signature is missing or does not fit, the paths are used only if the user says so. Weights,
-tokenizer and figures lie in the run folder itself, and need no such word.
+A configuration names files to read, and a folder into which copies of their text are written. In a run that this user
+made, the user chose these paths. A run from somebody else could name anything: a private file, or a folder that others
+can see. So code that makes a run signs its paths with a key that only this user has, and code that opens them checks
+the signature here first. If it is missing or wrong, the paths are used only with the user's consent. Weights, tokenizer
+and figures lie in the run folder itself, and need no consent.
 
-The signature is HMAC-SHA256 of the paths, in the file `origin` of the run folder, which may be moved. The key is
-mla_lm/key in $XDG_CONFIG_HOME, by default ~/.config.
+The signature is HMAC-SHA256 of the paths, in the file `origin` of the run folder, so the folder may be moved. The key
+is mla_lm/key in $XDG_CONFIG_HOME, by default ~/.config.
 """
 
 import fcntl
@@ -30,20 +30,20 @@ from mla_lm.terminal.plain_text import say
 
 KEY_BYTES = 32
 CACHE = "data.cache_dir"
-MOST_NAMED = 5  # paths in a message
+MOST_NAMED = 5  # paths in a message at most
 
 
 def paths_wanted(config: TrainConfig) -> dict[str, Any]:
-    """By dotted keys, what a configuration has opened: files, folders, and names on the Hub.
+    """The files, folders and Hub names that a configuration makes the program open, by their dotted keys.
 
-    A name on the Hub is among them because a folder of that name in the working directory takes its place.
+    Hub names are included because a folder of that name in the working directory takes precedence.
     """
     named = {key: getattr(owner, own.name) for key, owner, own in paths(config)}
     return {key: path for key, path in named.items() if path}
 
 
 def sign(run: RunFolder, config: TrainConfig) -> None:
-    """Write down that the paths in `config`, the run's configuration, are this user's own word."""
+    """Sign the paths in `config`, the run's configuration, as this user's own."""
     try:
         signature = _signature(config)
     except UserError as error:
@@ -53,7 +53,7 @@ def sign(run: RunFolder, config: TrainConfig) -> None:
 
 
 def is_signed(run: RunFolder) -> bool:
-    """Whether the paths in its config.yaml are those that this user signed."""
+    """Whether this user has signed the paths in the run's config.yaml."""
     try:
         with open(run.origin_file, "rb") as file:
             signature = file.read(1000).strip()
@@ -63,7 +63,7 @@ def is_signed(run: RunFolder) -> bool:
 
 
 def check_links(run: RunFolder) -> None:
-    """Raises UserError where what is written in a run of somebody else would be written elsewhere, through a link."""
+    """Raise UserError if a run from somebody else has links, through which writing to it would write elsewhere."""
     if is_signed(run):
         return
     for path in (run.last.parent, *run.path.iterdir(), *run.last.parent.glob("*")):
@@ -74,18 +74,18 @@ def check_links(run: RunFolder) -> None:
 def with_agreed_paths(
     config: TrainConfig, run: RunFolder, agreed: bool, how: str, own: TrainConfig | None = None
 ) -> TrainConfig:
-    """The run's configuration, where its paths may be opened.
+    """Return the run's configuration if its paths may be opened.
 
-    Where the only foreign one is the folder of the token cache, this user's own takes its place.
+    If the only foreign path is the token cache, it is replaced by this user's own cache.
 
     Args:
-        config: the run's, less what this user has changed
-        agreed: whether this user has said that its paths may be opened
-        how: to say so
-        own: paths that are this user's word in any case, absolute; None: the cache in the working directory alone
+        config: the run's configuration, with this user's changes
+        agreed: whether this user has consented to opening its paths
+        how: how to consent, for the error message
+        own: a configuration whose absolute paths are always allowed; None: only the cache in the working directory
 
     Raises:
-        UserError: naming the paths.
+        UserError: the paths may not be opened; the message names them.
     """
     if agreed or is_signed(run):
         return config
@@ -113,10 +113,10 @@ def _signature(config: TrainConfig) -> bytes:
 
 
 def _key() -> bytes:
-    """The key of this user, made when it is first asked for.
+    """Return this user's key, which is made on first use.
 
     Raises:
-        UserError: there is no place for it that is this user's alone.
+        UserError: there is no private folder for it.
     """
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     if not os.path.isabs(home):
@@ -124,8 +124,8 @@ def _key() -> bytes:
     path = private_folder(Path(home) / "mla_lm") / "key"
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # several runs may begin at once
-        if not path.is_file() or path.stat().st_size != KEY_BYTES:  # new, or cut short by a kill
+        fcntl.flock(folder, fcntl.LOCK_EX)  # several runs may start at once
+        if not path.is_file() or path.stat().st_size != KEY_BYTES:  # missing, or truncated by a kill
             path.unlink(missing_ok=True)
             with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
                 file.write(secrets.token_bytes(KEY_BYTES))
@@ -134,4 +134,4 @@ def _key() -> bytes:
     except OSError as error:
         raise UserError(f"{path} cannot be used: {error.strerror}") from error
     finally:
-        os.close(folder)  # and with it the lock
+        os.close(folder)  # and release the lock
