@@ -1,7 +1,7 @@
-"""Keys of nested configurations: their dotted names, model.attention.rope_dim, and what their fields say of them.
+"""Keys of nested configurations: their dotted names, such as model.attention.rope_dim, and the marks on their fields.
 
-A field says what its key is to a run: `compile: bool | None = marked(None, INCIDENTAL | FROM_MACHINE)`. What the field
-of a section says holds for all keys in it.
+A mark tells what a key means for a run: `compile: bool | None = marked(None, INCIDENTAL | FROM_MACHINE)`. The marks of
+a section's field hold for all keys in the section.
 """
 
 import difflib
@@ -12,23 +12,23 @@ from typing import Any
 
 from mla_lm.errors import UserError
 
-INCIDENTAL = {"incidental": True}  # changes nothing of what a run computes
-ADJUSTABLE = {"adjustable": True}  # changes what a run computes, but a run may go on with another value
-FROM_DATA = {"filled_in": "data"}  # left at its default, the tokenizer and the data decide
-FROM_MACHINE = {"filled_in": "machine"}  # left at its default, the machine decides
-PATH = {"path": "files"}  # a file or folder, or several, made absolute
-HUB_PATH = {"path": "hub"}  # a name on the Hugging Face Hub, or a folder laid out like what it names
-RUN_PATH = {"path": "run"}  # a run folder, as it was typed
+INCIDENTAL = {"incidental": True}  # does not change what a run computes
+ADJUSTABLE = {"adjustable": True}  # changes what a run computes, but a run may be resumed with another value
+FROM_DATA = {"filled_in": "data"}  # if left at its default, filled in from the tokenizer and the data
+FROM_MACHINE = {"filled_in": "machine"}  # if left at its default, chosen for the machine
+PATH = {"path": "files"}  # one or several files or folders; made absolute
+HUB_PATH = {"path": "hub"}  # a name on the Hugging Face Hub, or a folder with the same layout
+RUN_PATH = {"path": "run"}  # a run folder, kept as it was typed
 
 
 def marked(default: Any, mark: Mapping[str, Any]) -> Any:
-    """A field of a dataclass with a default, and one or more of the marks above."""
+    """Make a dataclass field with a default and one or more of the marks above."""
     return field(default=default, metadata=mark)
 
 
 @cache
 def marks(schema: type) -> dict[str, Mapping[str, Any]]:
-    """The metadata of every key of a dataclass of dataclasses that holds a value and no further keys."""
+    """The marks of every key that holds a value, by its dotted name, in nested dataclasses."""
     found = {}
     for own in fields(schema):
         if is_dataclass(own.type):
@@ -39,7 +39,7 @@ def marks(schema: type) -> dict[str, Mapping[str, Any]]:
 
 
 def key_names(schema: type) -> list[str]:
-    """Dotted names of all keys of nested dataclasses that hold values, not further keys."""
+    """The dotted name of every key that holds a value, in nested dataclasses."""
     return list(marks(schema))
 
 
@@ -52,7 +52,7 @@ def flatten(config: dict, prefix: str = "") -> dict:
 
 
 def paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
-    """Every key that holds a path, as (dotted name, the dataclass it belongs to, its field).
+    """Yield every key that holds a path, as (dotted name, the dataclass it belongs to, its field).
 
     The configurations in a list are numbered: data.parts[0].files.
     """
@@ -77,16 +77,16 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def check_choice(key: str, value: Any, choices: Collection[Any]) -> None:
-    """Raises UserError for a value that is not among the choices."""
+    """Raise UserError for a value that is not among the choices."""
     if value not in choices:
         raise UserError(f"{key}={value} is unknown: one of {', '.join(map(str, choices))}")
 
 
 def check_at_least(least: int, config: Any, section: str, *names: str) -> None:
-    """Raises UserError for the first of the named fields that is set and smaller.
+    """Raise UserError for the first of the named fields that is set and smaller than `least`.
 
     Args:
-        section: how their keys begin, such as "trainer."
+        section: prefix of their keys, such as "trainer."
     """
     for name in names:
         value = getattr(config, name)

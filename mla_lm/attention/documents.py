@@ -83,4 +83,4 @@ def _all_at_once(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor, 
     q, k, v = (F.pad(t, (0, width - t.size(2))) for t in (q, k, v))
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))  # torch 2.11's kernel does not share key heads
     out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
-    return cast(Tensor, out)[..., :value_dim]  # a tuple only where more than the output is asked for
+    return cast(Tensor, out)[..., :value_dim]  # it returns a tuple only if asked for more than the output

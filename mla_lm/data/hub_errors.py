@@ -1,4 +1,4 @@
-"""What `datasets` and the libraries below it raise, worded for the user."""
+"""Rewords errors of `datasets` and the libraries below it for the user."""
 
 import contextlib
 import re
@@ -10,11 +10,11 @@ from mla_lm.errors import UserError
 
 @contextlib.contextmanager
 def explained(config: CorpusConfig) -> Iterator[None]:
-    """Within, whatever `datasets` and the libraries below it raise becomes a UserError that names the key to change."""
+    """A context that turns any error of these libraries into a UserError that names the key to change."""
     try:
         yield
     except Exception as error:
-        for cause in (error, error.__cause__, error.__context__):  # raised by ours, within theirs
+        for cause in (error, error.__cause__, error.__context__):  # our code may have raised it within theirs
             if isinstance(cause, UserError):
                 raise cause from None
         raise UserError(_explanation(config, error)) from error
@@ -25,7 +25,7 @@ def _explanation(config: CorpusConfig, error: BaseException) -> str:
     from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError, DatasetNotFoundError
 
     if isinstance(error, DatasetGenerationError):
-        error = error.__cause__ or error  # which says what
+        error = error.__cause__ or error  # the cause is the actual error
     text = str(error)
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if isinstance(error, ConnectionError) or "is not cached" in text or "find cache for" in text:

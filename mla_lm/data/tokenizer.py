@@ -43,7 +43,7 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         UserError: the file of kind=file is not a tokenizer, or the one of kind=hub is not available.
     """
     if config.kind == "file":
-        assert config.file is not None  # TokenizerConfig.check
+        assert config.file is not None  # ensured by TokenizerConfig.check
         return load_tokenizer(Path(config.file).expanduser())
     if config.kind == "hub":
         assert config.path is not None  # likewise

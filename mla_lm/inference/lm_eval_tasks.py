@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness, and the scores of a run on them."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
-# The harness is optional; where it is not installed, pyright takes lm_eval.py of this folder for it.
+# The harness is optional. If it is not installed, pyright mistakes lm_eval.py in this folder for it.
 
 import difflib
 import random

@@ -15,7 +15,7 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def not_compiled(function: Function) -> Function:
-    """`torch.compiler.disable`, which does not declare that its result has the arguments of the function it takes."""
+    """`torch.compiler.disable`, typed to keep the function's signature, which torch does not declare."""
     return cast(Function, torch.compiler.disable(function))
 
 

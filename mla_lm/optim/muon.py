@@ -1,7 +1,7 @@
 """Muon (https://kellerjordan.github.io/posts/muon, arXiv 2502.16982) for matrices, with AdamW for the rest."""
 
 # pyright: reportPrivateImportUsage=false
-# It is of torch._foreach_*, as torch's own optimisers are.
+# It uses torch._foreach_*, as torch's own optimisers do.
 
 from collections import defaultdict
 

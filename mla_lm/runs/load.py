@@ -53,7 +53,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
 
 
 def _load_checkpoint_of(run: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """As `load_checkpoint`; where the best one is damaged, the message names the last."""
+    """Like `load_checkpoint`, but if the best checkpoint is damaged, the error message names the last one."""
     try:
         return load_checkpoint(checkpoint)
     except UserError as error:
