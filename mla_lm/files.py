@@ -159,7 +159,7 @@ def _others_write(path: Path) -> bool:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Whether this is the user's private group, which many systems create for each user and let write their folders."""
+    """Whether this is the user's private group. Many systems make one per user and let it write the user's folders."""
     try:
         group, user = grp.getgrgid(gid), pwd.getpwuid(os.getuid())
     except KeyError:

@@ -21,7 +21,7 @@ from mla_lm.errors import UserError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 LANES = 16  # head sizes must be a multiple of this
-DTYPES = (torch.float32, torch.bfloat16)  # that q, k and v may have
+DTYPES = (torch.float32, torch.bfloat16)  # dtypes that it takes
 Sizes = ctypes.c_long * 12  # batch, heads, rows, keys, dim, value_dim; strides of k, then of v, without the last
 
 

@@ -36,7 +36,7 @@ class MHAConfig:
     num_heads: int
     seq_len: int  # longest sequence, in tokens
     num_kv_heads: int | None = None
-    dropout: float = 0.0  # of the layer's output; attention weights are never dropped
+    dropout: float = 0.0  # on the layer's output; attention weights are never dropped
     use_bias: bool = False
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # named as in options
 LARGEST = 127  # largest magnitude in int8; -128 is not used
-SMALLEST_SCALE = 1e-30  # so that a part of zeros is not divided by 0
+SMALLEST_SCALE = 1e-30  # keeps a part of zeros from being divided by 0
 
 
 class LayerCache:

@@ -45,14 +45,14 @@ class MLAConfig:
     q_compressed_dim: int | None  # [d_c']
     rope_dim: int  # [d_h^R]: the part of each head that RoPE rotates; all heads share its key
     seq_len: int  # longest sequence, in tokens
-    dropout: float = 0.0  # of the layer's output; attention weights are never dropped
+    dropout: float = 0.0  # on the layer's output; attention weights are never dropped
     use_bias: bool = False
     nope_dim: int | None = None  # [d_h]: the part of each query and key head without position
     value_dim: int | None = None  # [d_h]
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
     latent_norm: bool = True  # norm of the KV latent; False for a model converted from MHA, which has none
-    rope_frequencies: list[float] | None = None  # of a converted model: (rope_dim / 2,) radians per position
+    rope_frequencies: list[float] | None = None  # for a converted model: (rope_dim / 2,) radians per position
 
     def __post_init__(self):
         for name in ("kv_compressed_dim", "rope_dim"):

@@ -76,7 +76,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     B, H, T, _ = q.shape
     mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(H // k.size(1), 1)
     q, k, v = (t.flatten(0, 1) for t in (_rows(q, k), k, v))
-    weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # which sums in fp32 internally
+    weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # softmax sums in fp32 internally
     return (weights @ v).view(B, H, T, -1)
 
 

@@ -19,7 +19,7 @@ class ModelSize:
     attention: str
     parameters: int
     non_embedding_parameters: int  # without the embedding table, but with an untied head
-    flops_per_token: float  # of a training step at seq_len: forward, and twice that for backward; causal
+    flops_per_token: float  # a training step at seq_len: forward, and twice that for backward; causal
     cache_elements_per_token_per_layer: int
 
     def cache_bytes_per_token(self, num_layers: int, dtype: torch.dtype) -> int:

@@ -11,9 +11,9 @@ class ScheduleConfig:
     """Warm-up, then cosine decay; or warm-up, a stable phase, then linear decay (wsd, arXiv 2404.06395)."""
 
     kind: str = "cosine"  # cosine | wsd
-    warmup_fraction: float = 0.05  # of the run's steps
-    decay_fraction: float = 0.3  # wsd: of the run's steps, at its end
-    final_lr_fraction: float = 0.1  # of the peak, reached at the last step
+    warmup_fraction: float = 0.05  # share of the run's steps
+    decay_fraction: float = 0.3  # wsd: share of the run's steps, at its end
+    final_lr_fraction: float = 0.1  # share of the peak, reached at the last step
 
     def check(self) -> None:
         """Raise UserError for invalid values."""

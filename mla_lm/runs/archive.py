@@ -20,7 +20,7 @@ from mla_lm.errors import UserError
 
 PICKLE_BYTES = 2**23  # largest data.pkl; 100 layers with two moments each take half a megabyte
 DIRECTORY_BYTES = 2**24  # largest list of members, enough for 100,000 tensors
-DEPTH = 50  # of nested containers
+DEPTH = 50  # most levels of nested containers
 OPCODES = (
     *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.REDUCE, pickle.BUILD, pickle.BINPERSID),
     *(pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
