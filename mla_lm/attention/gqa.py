@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
-from mla_lm.attention.kind import AttentionKind, TransformersForm, check_positive
+from mla_lm.attention.kind import DERIVED, AttentionKind, TransformersForm, check_positive
 from mla_lm.attention.kv_cache import LayerCache
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
@@ -35,7 +35,7 @@ class MHAConfig:
     d_model: int
     num_heads: int
     seq_len: int  # longest sequence, in tokens
-    num_kv_heads: int | None = None
+    num_kv_heads: int = DERIVED
     dropout: float = 0.0  # on the layer's output; attention weights are never dropped
     use_bias: bool = False
     rope_base: float = 10000.0
@@ -142,7 +142,8 @@ def _checked(kind: str, wanted: str) -> Callable[..., MHAConfig]:
     def layer_config(num_kv_heads: int | None, num_heads: int, **sizes: Any) -> MHAConfig:
         if num_kv_heads is None and kind == "mqa":
             num_kv_heads = 1
-        config = MHAConfig(num_kv_heads=num_kv_heads, num_heads=num_heads, **sizes)
+        heads = DERIVED if num_kv_heads is None else num_kv_heads
+        config = MHAConfig(num_kv_heads=heads, num_heads=num_heads, **sizes)
         if kind_of_heads(num_kv_heads, num_heads) != kind:
             raise UserError(f"num_kv_heads={num_kv_heads} of {num_heads} heads is not {kind}: it must be {wanted}")
         return config

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 from torch import nn
 
@@ -17,6 +17,10 @@ class SharedOptions:
     kind: str = "mha"  # a name in mla_lm.attention.kinds.KINDS
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
+
+
+# The default of a size that a configuration works out from others; it is None until then.
+DERIVED = cast(int, None)
 
 
 class LayerConfig(Protocol):

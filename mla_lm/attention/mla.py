@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mla_lm.attention import cpu_kernel
 from mla_lm.attention.documents import Documents, document_attention
-from mla_lm.attention.kind import AttentionKind, TransformersForm, check_positive
+from mla_lm.attention.kind import DERIVED, AttentionKind, TransformersForm, check_positive
 from mla_lm.attention.kv_cache import LayerCache
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
@@ -47,8 +47,8 @@ class MLAConfig:
     seq_len: int  # longest sequence, in tokens
     dropout: float = 0.0  # on the layer's output; attention weights are never dropped
     use_bias: bool = False
-    nope_dim: int | None = None  # [d_h]: the part of each query and key head without position
-    value_dim: int | None = None  # [d_h]
+    nope_dim: int = DERIVED  # [d_h]: the part of each query and key head without position
+    value_dim: int = DERIVED  # [d_h]
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
     latent_norm: bool = True  # norm of the KV latent; False for a model converted from MHA, which has none
@@ -66,11 +66,10 @@ class MLAConfig:
         if self.rope_dim % 2:
             raise UserError(f"rope_dim={self.rope_dim} must be even: rotation works on pairs")
         if self.rope_frequencies is not None and len(self.rope_frequencies) != self.rope_dim // 2:
-            raise UserError(
-                f"rope_frequencies are {len(self.rope_frequencies)}: rope_dim={self.rope_dim} takes half of it"
-            )
+            given = len(self.rope_frequencies)
+            raise UserError(f"rope_frequencies has {given} entries, but rope_dim={self.rope_dim} needs half of it")
         if self.rope_frequencies is not None and self.yarn.factor != 1:
-            raise UserError(f"yarn.factor={self.yarn.factor} does not go with rope_frequencies, which it cannot order")
+            raise UserError(f"yarn.factor={self.yarn.factor} cannot be combined with rope_frequencies")
         if self.nope_dim is None:
             self.nope_dim = self.d_model // self.num_heads
         if self.value_dim is None:

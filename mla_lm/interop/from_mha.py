@@ -9,6 +9,7 @@ largest variance on real text. With enough room nothing is lost: all pairs rotat
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from mla_lm.attention import MHA, AttentionConfig, MHAConfig
 from mla_lm.errors import UserError
 from mla_lm.model.config import TransformerConfig
+from mla_lm.model.layers import Block
 from mla_lm.model.transformer import Transformer
 
 RIDGE = 1e-6  # share of the mean variance that is added to every direction, so that none has weight zero
@@ -38,14 +40,14 @@ def convert(
     """
     config = converted_config(model.config, kv_compressed_dim, rope_dim, plain_rope)
     layers = [
-        _Layer.of(block.attention, moments)
+        _Layer.of(cast(MHA, block.attention), moments)
         for block, moments in zip(model.blocks, _moments(model, windows), strict=True)
     ]
     frequencies = _frequencies(model.config)
     if plain_rope:
         pairs = [(i, 0) for i in range(0, len(frequencies), 2 * len(frequencies) // rope_dim)]
     else:
-        pairs = _choose_pairs(layers, config)
+        pairs = _choose_pairs(layers, config, rope_dim)
         config.attention.rope_frequencies = [frequencies[pair].item() for pair, _ in pairs]
     state = {name: tensor for name, tensor in model.state_dict().items() if ".attention." not in name}
     for i, layer in enumerate(layers):
@@ -104,7 +106,7 @@ def _moments(model: Transformer, windows: Tensor) -> list[Tensor]:
         return hook
 
     hooks = [
-        block.attention_norm.register_forward_hook(adding_to(total))
+        cast(Block, block).attention_norm.register_forward_hook(adding_to(total))
         for block, total in zip(model.blocks, sums, strict=True)
     ]
     for part in windows.split(8):
@@ -120,7 +122,7 @@ def _frequencies(config: TransformerConfig) -> Tensor:
     return config.attention.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
-def _choose_pairs(layers: list["_Layer"], config: TransformerConfig) -> list[tuple[int, int]]:
+def _choose_pairs(layers: list["_Layer"], config: TransformerConfig, rope_dim: int) -> list[tuple[int, int]]:
     """Choose which (frequency, component) pairs stay rotated: those without whose rotation scores would change most.
 
     Without rotation, the contribution q conj(k) e^(i d w) to a score at distance d becomes q conj(k). The squared error
@@ -131,7 +133,7 @@ def _choose_pairs(layers: list["_Layer"], config: TransformerConfig) -> list[tup
     turns = 2 - 2 * torch.cos(torch.outer(_frequencies(config), distance))  # (D/2, T)
     turn = turns @ (T - distance) / (T - distance).sum()
     loss = sum(layer.energies for layer in layers) * turn.unsqueeze(1)  # (D/2, G)
-    order = loss.flatten().argsort(descending=True)[: config.attention.rope_dim // 2]
+    order = loss.flatten().argsort(descending=True)[: rope_dim // 2]
     return sorted(divmod(int(i), loss.size(1)) for i in order)
 
 
@@ -160,11 +162,14 @@ class _Layer:
             for proj, n in ((mha.q_proj, heads), (mha.k_proj, kv_heads), (mha.v_proj, kv_heads))
         )
         queries, keys = _paired(q), _paired(k).transpose(0, 1)  # (H, D/2, d_model + 1), (D/2, G, d_model + 1)
-        energy = torch.einsum("hpi,ij,hpj->hp", queries, moments.cdouble(), queries.conj()).real  # of the queries
+        of_input = moments.to(torch.complex128)
+        energy = torch.einsum(
+            "hpi,ij,hpj->hp", queries, moments.to(torch.complex128), queries.conj()
+        ).real  # of the queries
         weight = energy.unflatten(0, (kv_heads, -1)).sum(1).T  # (D/2, G)
         weight = (weight + RIDGE * weight.mean()).sqrt()
         scaled = weight.unsqueeze(-1) * keys
-        variances, vectors = torch.linalg.eigh(scaled @ moments.cdouble() @ scaled.mH)
+        variances, vectors = torch.linalg.eigh(scaled @ of_input @ scaled.mH)
         variances, vectors = variances.flip(-1), vectors.flip(-1)
         return cls(
             q, k, v,

@@ -1,8 +1,5 @@
 """Output projection and cross-entropy in one function, so that the logits of all tokens never exist at once."""
 
-from collections.abc import Callable
-from typing import TypeVar, cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,15 +8,8 @@ IGNORE = -100  # a target that does not count
 CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}  # logits at once: what a CPU's caches hold; 0.5 GiB on a GPU
 LEAST_ROWS = 512  # in smaller chunks, accumulating the weight's gradient takes longer than the products
 
-Function = TypeVar("Function", bound=Callable)
 
-
-def not_compiled(function: Function) -> Function:
-    """`torch.compiler.disable`, typed to keep the function's signature, which torch does not declare."""
-    return cast(Function, torch.compiler.disable(function))
-
-
-@not_compiled  # the compiler would unroll the loop over chunks, which costs more than it gains
+@torch.compiler.disable()  # the compiler would unroll the loop over chunks, which costs more than it gains
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy of softmax(x weight^T) against targets, accumulated in fp32 whatever the inputs' dtype.
 

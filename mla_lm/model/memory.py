@@ -98,15 +98,16 @@ def _kept_bytes(
 
 def _loss_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
     """The most bytes that `linear_cross_entropy` allocates at once: those held during the softmax of a chunk."""
-    chunk = max(LEAST_ROWS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // config.vocab_size)
+    vocab_size = config.vocab_size or 0  # a Transformer has been made of it, so it is set
+    chunk = max(LEAST_ROWS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // vocab_size)
     mixed = dtype != torch.float32
     per_logit = dtype.itemsize + 4  # the logit, and its probability in fp32
     if mixed and not (device == "cuda" and dtype == torch.float16):
         per_logit += 4  # the logit cast to fp32; only on a GPU in fp16 does softmax read it uncast
     if tokens > chunk:
         per_logit += 4 + dtype.itemsize * mixed  # the previous chunk's probabilities, now gradients
-    head = config.vocab_size * config.d_model * dtype.itemsize  # a chunk's gradient of the weight; autocast: its copy
-    return min(tokens, chunk) * config.vocab_size * per_logit + head * (2 if mixed else 1)
+    head = vocab_size * config.d_model * dtype.itemsize  # a chunk's gradient of the weight; autocast: its copy
+    return min(tokens, chunk) * vocab_size * per_logit + head * (2 if mixed else 1)
 
 
 def saved_bytes(model: Transformer, tokens: Tensor, dtype: torch.dtype) -> int:

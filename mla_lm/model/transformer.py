@@ -1,5 +1,7 @@
 """A decoder-only transformer."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -38,11 +40,11 @@ class Transformer(nn.Module):
         """Draw weights from N(0, 0.02^2); projections into the residual stream are scaled down by depth (GPT-2)."""
         if isinstance(module, Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, Block):  # apply() visits a block after its submodules
-            for proj in (module.attention.out_proj, module.feed_forward.down_proj):
-                nn.init.normal_(proj.weight, std=0.02 / (2 * self.config.num_layers) ** 0.5)
+            for weight in (module.attention.out_proj.weight, module.feed_forward.down_proj.weight):
+                nn.init.normal_(weight, std=0.02 / (2 * self.config.num_layers) ** 0.5)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: ModelCache | None = None, reduction: str = "mean"
@@ -106,4 +108,4 @@ class Transformer(nn.Module):
         Args:
             dtype: by default that of the weights; int8 stores scales beside the values, see `LayerCache`
         """
-        return ModelCache([block.attention.new_cache(batch_size, max_len, dtype) for block in self.blocks])
+        return ModelCache([cast(Block, block).attention.new_cache(batch_size, max_len, dtype) for block in self.blocks])

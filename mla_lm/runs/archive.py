@@ -147,7 +147,8 @@ class _Rehearsal(pickle._Unpickler):
         UserError: the pickle holds what no checkpoint does; the message continues a sentence that begins with its name.
     """
 
-    dispatch: ClassVar = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in OPCODES}
+    stack: list  # which the stubs of `pickle` leave out
+    dispatch: ClassVar[dict[int, Any]] = {opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in OPCODES}
 
     def __init__(self, data: bytes, sizes: dict[str, int]):
         super().__init__(BytesIO(data), encoding="utf-8")
@@ -169,11 +170,11 @@ class _Rehearsal(pickle._Unpickler):
 
     def load_setitem(self) -> None:
         _check_keys(self.stack[-2:-1])
-        super().load_setitem()
+        super().load_setitem()  # pyright: ignore[reportAttributeAccessIssue]
 
     def load_setitems(self) -> None:
         _check_keys(self.stack[::2])
-        super().load_setitems()
+        super().load_setitems()  # pyright: ignore[reportAttributeAccessIssue]
 
     def load_build(self) -> None:
         state = self.stack.pop()

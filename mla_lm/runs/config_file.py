@@ -9,7 +9,7 @@ import types
 from collections import Counter
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, get_args, get_origin
 
 import yaml
 
@@ -19,7 +19,6 @@ from mla_lm.errors import UserError
 
 MOST_BYTES, DEEPEST = 2**20, 16  # largest file, in bytes; deepest nesting of keys and lists
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list"}
-T = TypeVar("T")
 
 
 def to_yaml(config: TrainConfig) -> str:
@@ -65,7 +64,7 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     return from_plain(plain, TrainConfig)
 
 
-def from_plain(value: Any, kind: type[T], key: str = "") -> T:
+def from_plain(value: Any, kind: Any, key: str = "") -> Any:
     """Convert plain data to the type of a configuration's field: a dataclass, list, number, text, bool or None.
 
     Args:
@@ -86,13 +85,16 @@ def from_plain(value: Any, kind: type[T], key: str = "") -> T:
         for name in value:
             if name not in known:
                 raise UserError(f"unknown key {within[name]}")
-        return kind(**{name: from_plain(item, known[name], within[name]) for name, item in value.items()})
+        made: Any = kind
+        return made(**{name: from_plain(item, known[name], within[name]) for name, item in value.items()})
     if get_origin(kind) is list and isinstance(value, list):
         (of,) = get_args(kind)
         return [from_plain(item, of, f"{key}[{place}]") for place, item in enumerate(value)]
     if kind is Any and not isinstance(value, dict):
         return value
-    if kind is float and type(value) in (int, float, str):  # YAML 1.1 reads 1e-3 as a text
+    if (
+        kind is float and isinstance(value, int | float | str) and not isinstance(value, bool)
+    ):  # YAML 1.1 reads 1e-3 as a text
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     if type(value) is kind:
@@ -113,7 +115,7 @@ class _PlainLoader(yaml.SafeLoader):
         super().__init__(stream)
         self.depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if event.anchor or getattr(event, "tag", None):
             raise yaml.YAMLError(f"line {event.start_mark.line + 1} has an alias, an anchor or a tag")

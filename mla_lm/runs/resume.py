@@ -91,7 +91,7 @@ def _named_keys(overrides: list[str], keys: list[str], new_run: bool = False) ->
         if name in WHOLE and not new_run:
             raise UserError(f"{name}=... belongs to a new run: with ckpt_path, name single keys")
         if name in WHOLE:
-            named |= {key: name for key in _keys_of_file(name, override.value()) if key in keys}
+            named |= {key: name for key in _keys_of_file(name, f"{override.value()}") if key in keys}
         elif name in GROUPS:
             named |= {key: name for key in keys if key.startswith(name + ".") and named.get(key, name) is not None}
         else:
@@ -103,7 +103,8 @@ def _keys_of_file(group: str, option: str) -> list[str]:
     """What conf/GROUP/OPTION.yaml sets."""
     sources = HydraConfig.get().runtime.config_sources
     conf = next(source.path for source in sources if source.provider == "main")
-    return list(flatten(OmegaConf.to_container(OmegaConf.load(Path(conf, group, f"{option}.yaml")))))
+    content: Any = OmegaConf.to_container(OmegaConf.load(Path(conf, group, f"{option}.yaml")))
+    return list(flatten(content))
 
 
 def _text(value: Any) -> str:

@@ -90,8 +90,8 @@ def trials_of(sweep: Path) -> list[Trial]:
 
 def run_overrides(hydra_config: HydraConf) -> list[str]:
     """The command line of a job less `sweep=...`, which has set nothing but how Hydra makes jobs."""
-    task = OmegaConf.to_container(hydra_config.overrides, resolve=False)["task"]  # as typed: `\${` stays what it is
-    return [override for override in task if not override.startswith("sweep=")]
+    overrides: Any = OmegaConf.to_container(hydra_config.overrides, resolve=False)  # as typed: `\${` stays what it is
+    return [override for override in overrides["task"] if not override.startswith("sweep=")]
 
 
 def job_of(hydra_config: HydraConf) -> SweepJob:
@@ -194,7 +194,7 @@ def raise_for_failed(sweep: Path) -> None:
     """Raises UserError that names the trials which failed, and why."""
     failed = [trial for trial in trials_of(sweep) if trial.status == "failed"]
     if failed:
-        reasons = [f"  {trial.run.path}: {trial.error.partition(chr(10))[0]}" for trial in failed]
+        reasons = [f"  {trial.run.path}: {(trial.error or '').partition(chr(10))[0]}" for trial in failed]
         more = [f"  {len(failed) - 1} more, in the table above"] if len(failed) > 2 else reasons[1:]
         jobs = "job" if len(failed) == 1 else "jobs"
         raise UserError("\n".join([f"{len(failed)} {jobs} failed:", reasons[0], *more]))
@@ -219,7 +219,7 @@ def end_report(sweep: Path, arguments: list[str], stopped: bool = False) -> str:
 
 def trial_table(trials: list[Trial]) -> str:
     """One line for each trial: what it alone has of the command line, and its figures once it has finished."""
-    overrides = [dict(override.partition("=")[::2] for override in trial.overrides) for trial in trials]
+    overrides = [{key: value for key, _, value in (o.partition("=") for o in trial.overrides)} for trial in trials]
     named = dict.fromkeys(key for own in overrides for key in own)
     keys = [key for key in named if len({own.get(key) for own in overrides}) > 1]
     summaries = [trial.run.summary() if trial.status == "finished" else {} for trial in trials]

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import fields
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -128,7 +128,7 @@ def explain_hydra(error: Exception, schema: type | None = None) -> str:
         key = re.search(r"Could not override '([^']+)'", text)
         names = key_names(schema) if schema else []
         if key and key[1] in names:  # a list of dataclasses: one of them has no such key
-            own = [field.name for field in fields(cause.object_type)]
+            own = [field.name for field in fields(cast(type, cause.object_type))]
             return f"unknown key {cause.key} in {key[1]}{nearest(cause.key, own)}"
         if key:
             return f"unknown key {key[1]}{nearest(key[1], names)}"
@@ -145,6 +145,7 @@ def explain_hydra(error: Exception, schema: type | None = None) -> str:
 def check_keys(composed: DictConfig, schema: type) -> None:
     """Raises UserError for a key that `schema` lacks, as `+key=value` can add it to the composition."""
     known = key_names(schema)
-    for key in flatten(OmegaConf.to_container(composed)):
+    plain: Any = OmegaConf.to_container(composed)
+    for key in flatten(plain):
         if key not in known:
             raise UserError(f"unknown key {key}{nearest(key, known)}")

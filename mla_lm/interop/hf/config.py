@@ -150,7 +150,8 @@ def _deepseek_attention(json: dict[str, Any], config: TransformerConfig) -> dict
         _need(json, name, False)
     if json.get("num_key_value_heads") is not None:
         _need(json, "num_key_value_heads", config.num_heads)
-    sizes = {name: entry for entry, name in KINDS["mla"].transformers.entries.items() if name != "num_heads"}
+    form = form_of(TransformerConfig(attention=AttentionConfig(kind="mla")))
+    sizes = {name: entry for entry, name in form.entries.items() if name != "num_heads"}
     if json.get("q_lora_rank", 0) is None:
         del sizes["q_compressed_dim"]
     return {"kind": "mla", **{name: _size(json, entry) for name, entry in sizes.items()}}

@@ -6,7 +6,6 @@ Each rule cites its source. None of the engines was run, and newer versions may 
 from dataclasses import dataclass
 
 from mla_lm.attention import MLAConfig
-from mla_lm.interop.hf.config import form_of
 from mla_lm.model.config import TransformerConfig
 
 # Elements per token that vLLM's MLA backends can cache: MLACommonBackend.get_supported_head_sizes,
@@ -40,8 +39,8 @@ class Verdict:
 
 def engines_for(config: TransformerConfig) -> list[Verdict]:
     """The verdict of each engine on a model that `scripts.export` can write."""
-    architecture, layer = form_of(config).architecture, config.layer_config()
-    if architecture == "DeepseekV3ForCausalLM":
+    layer = config.layer_config()
+    if isinstance(layer, MLAConfig):
         slow = "it caches the latents, and expands all of them again for each new token"
         return [
             Verdict("transformers", True, (slow,)),

@@ -106,8 +106,9 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
         check_tables(model)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    tokenizer = _read_tokenizer(source, model.vocab_size)
-    if padding := model.vocab_size - vocabulary_size(tokenizer):
+    rows = len(state["embedding.weight"])
+    tokenizer = _read_tokenizer(source, rows)
+    if padding := rows - vocabulary_size(tokenizer):
         say(f"note        the last {padding:,} rows of the embedding belong to no token, and are left out")
         model = _without_padding(model, state, vocabulary_size(tokenizer))
     config = TrainConfig(model=model)
@@ -151,7 +152,7 @@ def _without_padding(model: TransformerConfig, state: dict[str, Tensor], entries
 def _end_of_text(described: dict[str, Any], tokenizer: Tokenizer) -> str:
     """Name of the token that ends a document: the first of config.json's eos_token_id, else one of the usual ones."""
     eos, bos = described.get("eos_token_id"), described.get("bos_token_id")
-    eos = eos[0] if isinstance(eos, list) and eos else eos
+    eos: Any = eos[0] if isinstance(eos, list) and eos else eos
     for name, token in (("eos_token_id", eos), ("bos_token_id", bos)):
         if not (token is None or (isinstance(token, int) and 0 <= token < 2**32)):
             raise UserError(f"{name}={token} of config.json is no token")

@@ -44,7 +44,7 @@ def rope_from_json(json: dict[str, Any], seq_len: int, deepseek: bool) -> dict[s
     for name, needed in (("partial_rotary_factor", 1), ("truncate", True)):
         if (found := rope.get(name, json.get(name, needed))) != needed:
             raise UserError(f"{name}={found} of RoPE is not supported: it must be {needed}")
-    fields = {"rope_base": float(rope.get("rope_theta", json.get("rope_theta", 10000.0)))}
+    fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", json.get("rope_theta", 10000.0)))}
     if kind == "yarn":
         fields["yarn"] = _yarn_from_json(rope, seq_len, deepseek)
     return fields

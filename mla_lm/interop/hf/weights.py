@@ -44,7 +44,7 @@ def to_transformers(model: Transformer) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in state.items():
         if (rows := _rotated_rows(name, config)) is not None:
-            tensor = _move_rotated(tensor, *rows, _interleaving(config.attention.rope_dim))
+            tensor = _move_rotated(tensor, *rows, _interleaving(rows[-1]))
         weights[their_name(name, form)] = tensor.clone()  # safetensors refuses tensors that share memory
     return weights
 
@@ -56,7 +56,7 @@ def _add_idle_norms(state: dict[str, Tensor], config: TransformerConfig) -> None
     that the divisor is constant; the norm's weight undoes both factors. (fp16 has no numbers so small; fp32 and bf16
     do.)
     """
-    latent = config.attention.kv_compressed_dim
+    latent = config.layer_config().cached_elements - config.layer_config().rotated_dim
     for i in range(config.num_layers):
         down = state[f"blocks.{i}.attention.kv_down.weight"].clone()
         down[:latent] *= IDLE
@@ -77,11 +77,11 @@ def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, inte
     """
     shapes = _shapes(config, theirs)
     if config.tie_embeddings:
-        embedding = theirs.get("model.embed_tokens.weight")
-        head = theirs.get("lm_head.weight", embedding)
-        if embedding is not None and not torch.equal(head, embedding):
+        if (embedding := theirs.get("model.embed_tokens.weight")) is None:
+            raise UserError("model.embed_tokens.weight is missing")
+        if not torch.equal(theirs.get("lm_head.weight", embedding), embedding):
             raise UserError("tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
-        theirs = {**theirs, "lm_head.weight": head}
+        theirs = {**theirs, "lm_head.weight": embedding}
     form = form_of(config)
     names = {name: their_name(name, form) for name in shapes}
     if extra := sorted(set(theirs) - set(names.values())):
@@ -94,7 +94,7 @@ def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, inte
         if tensor.shape != shapes[name]:
             raise UserError(f"{their} is {list(tensor.shape)}, config.json makes it {list(shapes[name])}")
         if interleaved and (rows := _rotated_rows(name, config)) is not None:
-            tensor = _move_rotated(tensor, *rows, _interleaving(config.attention.rope_dim).argsort())
+            tensor = _move_rotated(tensor, *rows, _interleaving(rows[-1]).argsort())
         state[name] = tensor.float()
     return state
 
