@@ -4,7 +4,6 @@ import io
 import os
 import pty
 import re
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -17,7 +16,7 @@ from mla_lm.data.tokenizer import decode, encode
 from mla_lm.runs.report import human_bytes
 from mla_lm.terminal import cli
 from scripts import generate
-from tests.conftest import ROOT, Result, TrainCommand, call_main, refused, small, succeeded, summary_of
+from tests.conftest import Result, TrainCommand, call_main, refused, small, succeeded, summary_of
 from tests.terminal.screen import sides
 
 
@@ -245,12 +244,6 @@ def test_an_empty_prompt(folder, monkeypatch, options):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     refused(call(folder, "mla", *options), *words)
     assert succeeded(call(folder, "mla", *options, "--prompt", "\n")).stdout.strip("\n")
-
-
-def test_started_by_its_path(folder):
-    script = [sys.executable, str(ROOT / "scripts" / "generate.py"), "nothing"]
-    result = subprocess.run(script, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    refused(Result(result.returncode, result.stdout, result.stderr), "nothing does not exist")
 
 
 @pytest.mark.parametrize(
