@@ -94,7 +94,7 @@ def choose_compile(
     """
     if document_mask and wanted:
         raise UserError(
-            "compile=true does not go with data.document_mask, whose documents have other lengths in every "
+            "compile=true cannot be combined with data.document_mask, because document lengths change with every "
             "batch: leave compile out"
         )
     if document_mask:

@@ -27,7 +27,7 @@ class YarnConfig:
     def check(self) -> None:
         """Raise UserError (a ValueError) for invalid values."""
         if not 1 <= self.factor < math.inf:
-            raise UserError(f"yarn.factor={self.factor} must be a number from 1 on; 1 is without YaRN")
+            raise UserError(f"yarn.factor={self.factor} must be at least 1 (1 turns YaRN off)")
         if self.original_seq_len is not None and self.original_seq_len < 1:
             raise UserError(f"yarn.original_seq_len={self.original_seq_len} must be at least 1")
         if not 0 < self.beta_slow < self.beta_fast < math.inf:

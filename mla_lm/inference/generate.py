@@ -104,7 +104,7 @@ def check_sampling(
 ) -> None:
     """Raise UserError (a ValueError) that names an option with an invalid value."""
     if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature={temperature} must be a number from 0 on")
+        raise UserError(f"temperature={temperature} must be at least 0 (0 takes the likeliest token)")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k={top_k} must be at least 1")
     if top_p is not None and not 0 < top_p <= 1:
