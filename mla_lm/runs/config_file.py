@@ -92,8 +92,8 @@ def from_plain(value: Any, kind: Any, key: str = "") -> Any:
         return [from_plain(item, of, f"{key}[{place}]") for place, item in enumerate(value)]
     if kind is Any and not isinstance(value, dict):
         return value
-    number = isinstance(value, int | float | str) and not isinstance(value, bool)  # YAML 1.1 reads 1e-3 as a text
-    if kind is float and number:
+    # A text too, as which YAML 1.1 reads 1e-3.
+    if kind is float and isinstance(value, int | float | str) and type(value) is not bool:
         with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     if type(value) is kind:
