@@ -16,7 +16,7 @@ from mla_lm.training.module import LanguageModel
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-FRAMES = 4  # of the bar a second
+FRAMES = 4  # drawings of the bar per second
 
 
 def progress(config: TrainConfig, metrics: Metrics) -> list[Callback]:
