@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Collection
@@ -79,9 +80,11 @@ def session(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _plain_machine(session):
-    """No GPU, no wandb account, a key of its own that signs runs, and one thread, as runs that are compared bit by bit
-    must have the same number.
+    """No GPU, no wandb account, a key of its own that signs runs, signals that count although the tests may run in the
+    background, and one thread, as runs that are compared bit by bit must have the same number.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
