@@ -1,6 +1,7 @@
 """Runs side by side: `python -m scripts.compare RUN RUN ...`; runs that differ in their seed alone become one row."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from mla_lm.errors import UserError
@@ -66,6 +67,7 @@ def main() -> None:
 
 def write(path: Path, content: bytes) -> None:
     write_atomically(path, lambda file: file.write(content))
+    say(f"written     {path}", file=sys.stderr)  # the table alone goes into a pipe
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def train(
         _prepare_folder(config, run, store, resume_point)
     with unbreakable_output():
         say_once(to_yaml(config) if job is None else f"\njob         {run.path.name}: {shlex.join(job.overrides)}\n")
-        say_once(table, "", *data_lines(store), *resolved.reasons, *_where_from(config, resume_point), "")
+        origin = _where_from(config, resume_point)
+        say_once(table, "", *data_lines(store), *resolved.reasons, *origin, f"folder      {run.path}", "")
         return session.run_to_end(datamodule, resume_point)
 
 

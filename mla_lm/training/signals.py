@@ -67,9 +67,8 @@ class StopOnSignal(Callback):
             self.received = signum
             # Not by print: a stream that this signal has interrupted takes no other call.
             with suppress(OSError):
-                os.write(
-                    2, f"\n{signal.Signals(signum).name}: stopping after this step; Ctrl-C ends it at once\n".encode()
-                )
+                name = signal.Signals(signum).name
+                os.write(2, f"\n{name}: stopping after this step; another Ctrl-C ends at once\n".encode())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: LanguageModel, *_: Any) -> None:
         step = trainer.global_step

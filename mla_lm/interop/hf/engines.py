@@ -114,10 +114,12 @@ def _llama_cpp_mla(layer: MLAConfig, num_layers: int) -> Verdict:
         return Verdict(
             "llama.cpp",
             False,
-            ("it takes a model without low-rank query only at 26 or 27 layers: set q_compressed_dim",),
+            ("it supports uncompressed queries only in models of 26 or 27 layers: set q_compressed_dim",),
         )
     if layer.q_compressed_dim is not None and lite:
-        return Verdict("llama.cpp", False, (f"it takes a model of {num_layers} layers to have no low-rank query",))
+        return Verdict(
+            "llama.cpp", False, (f"it assumes that a model of {num_layers} layers has uncompressed queries",)
+        )
     return Verdict("llama.cpp", True, LLAMA_CPP_TOKENIZER)
 
 
