@@ -58,6 +58,7 @@ def test_wide_characters_take_two_cells():
     assert {cell_len(line) for line in lines} == {len("日本語") * 2 + 2 + len("loss")}
 
 
+@pytest.mark.e2e
 def test_no_colours_even_where_they_are_forced():
     program = "from mla_lm.terminal.tables import table; print(table([['a', 'b'], ['x', '1']]))"
     environment = {**os.environ, "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
