@@ -28,8 +28,9 @@ def soak(root: Path, folder: Path, quick: bool, random: Random) -> Row:
     process.expect(0)
     ends = [[figures for step, *figures in seen if 0.8 * end < step <= end] for end in (steps / 2, steps)]
     memory = [median(figures[0] for figures in end) for end in ends]
-    files = [max(figures[1] for figures in end) for end in ends]
-    threads = [max(figures[2] for figures in end) for end in ends]
+    # The fewest, as a look may fall into a save, which holds a file open.
+    files = [min(figures[1] for figures in end) for end in ends]
+    threads = [min(figures[2] for figures in end) for end in ends]
     growth = memory[1] - memory[0]
     figure = (
         f"after {steps // 2:,} of {steps:,} steps {memory[0] / 2**20:.1f} MiB, {files[0]} files, {threads[0]} threads; "
