@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.kind import DERIVED, AttentionKind, TransformersForm, check_positive
 from mla_lm.attention.kv_cache import LayerCache
+from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 from mla_lm.errors import UserError
@@ -71,7 +71,7 @@ class MHAConfig:
         return self.head_dim
 
 
-class MHA(nn.Module):
+class MHA(AttentionLayer):
     """Causal self-attention that caches the keys and values of `num_kv_heads` heads."""
 
     def __init__(self, config: MHAConfig):
@@ -84,6 +84,7 @@ class MHA(nn.Module):
         self.k_proj = Linear(c.d_model, kv_dim, bias=c.use_bias)
         self.v_proj = Linear(c.d_model, kv_dim, bias=c.use_bias)
         self.out_proj = Linear(c.d_model, c.d_model, bias=c.use_bias)
+        self.cache_shapes = 2 * [(c.num_kv_heads, (c.head_dim,))]  # keys and values
         self.rope = RotaryEmbedding(self.head_dim, c.seq_len, c.rope_base, c.yarn)
         self.dropout = nn.Dropout(c.dropout)
 
@@ -102,9 +103,7 @@ class MHA(nn.Module):
             ValueError: there are more tokens than `seq_len`, or than the cache has room for.
         """
         B, T, _ = x.shape
-        cos, sin = self.rope(0 if cache is None else cache.length, T)
-        if documents is not None:
-            cos, sin = cos[documents.positions], sin[documents.positions]
+        cos, sin = self.rotation(T, cache, documents)
         q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -112,23 +111,6 @@ class MHA(nn.Module):
             k, v = cache.append(k, v, dtype=q.dtype)
         out = document_attention(q, k, v, self.scale, documents)
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
-
-    def new_cache(
-        self,
-        batch_size: int,
-        max_len: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> LayerCache:
-        """An empty cache with room for `max_len` tokens; if None, one that grows up to seq_len. See `LayerCache`.
-
-        dtype and device default to those of the weights. With int8, each head has a scale for a token's key and another
-        for its value.
-        """
-        weight, limit = self.k_proj.weight, max_len or self.config.seq_len
-        shape = (self.config.num_kv_heads, (self.head_dim,))
-        dtype, device = dtype or weight.dtype, device or weight.device
-        return LayerCache(batch_size, limit, [shape, shape], dtype, device, grows=max_len is None)
 
 
 def kind_of_heads(num_kv_heads: int | None, num_heads: int) -> str:

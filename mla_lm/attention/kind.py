@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
-from torch import nn
-
+from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.rope import YarnConfig
 from mla_lm.errors import UserError
 
@@ -73,15 +72,14 @@ class AttentionKind:
         options: dataclass of the keys of `model.attention` that only this kind reads
         layer_config: makes and checks a `LayerConfig`. It takes d_model, num_heads, seq_len, dropout, use_bias,
             rope_base and yarn by keyword, and every field of `options`; raises UserError for invalid sizes.
-        layer: the module, made from a `LayerConfig`; like `MLA`, it has `out_proj`, `forward(x, cache, documents)` and
-            `new_cache`
+        layer: the module, made from a `LayerConfig`
         transformers: how `scripts.export` writes the weights; None: no model class of transformers can hold them
     """
 
     title: str
     options: type
     layer_config: Callable[..., LayerConfig]
-    layer: Callable[..., nn.Module]
+    layer: Callable[..., AttentionLayer]
     transformers: TransformersForm | None = None
 
 

@@ -9,6 +9,7 @@ from mla_lm.attention import cpu_kernel
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.kind import DERIVED, AttentionKind, TransformersForm, check_positive
 from mla_lm.attention.kv_cache import LayerCache
+from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
 from mla_lm.attention.sdpa import causal_attention
@@ -99,7 +100,7 @@ class LatentNorm(nn.RMSNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
-class MLA(nn.Module):
+class MLA(AttentionLayer):
     """Causal self-attention whose cache is one latent per token.
 
     Keys and values are up-projections of the cached latent. Training and prefill compute them (the decompressed
@@ -124,6 +125,7 @@ class MLA(nn.Module):
         # in a value, it adds a constant to the output, which out_proj's bias already does.
         self.kv_up = Linear(c.kv_compressed_dim, c.num_heads * (c.nope_dim + c.value_dim), bias=False)
         self.out_proj = Linear(c.num_heads * c.value_dim, c.d_model, bias=c.use_bias)  # W^O, eq. 19
+        self.cache_shapes = [(1, (c.kv_compressed_dim, c.rope_dim))]  # the latent and the shared key
         self.rope = RotaryEmbedding(c.rope_dim, c.seq_len, c.rope_base, c.yarn, c.rope_frequencies)
         self.dropout = nn.Dropout(c.dropout)
 
@@ -143,9 +145,7 @@ class MLA(nn.Module):
         """
         c = self.config
         B, T, _ = x.shape
-        cos, sin = self.rope(0 if cache is None else cache.length, T)
-        if documents is not None:
-            cos, sin = cos[documents.positions], sin[documents.positions]
+        cos, sin = self.rotation(T, cache, documents)
 
         q = self.q_proj(x) if c.q_compressed_dim is None else self.q_up(self.q_norm(self.q_down(x)))
         q_nope, q_rope = q.view(B, T, c.num_heads, self.qk_dim).split((c.nope_dim, c.rope_dim), dim=-1)
@@ -219,22 +219,6 @@ class MLA(nn.Module):
         r, d, rope = self.config.kv_compressed_dim, self.config.nope_dim + self.config.value_dim, self.config.rope_dim
         absorbed = queries * r * d + queries * keys * (2 * r + rope)
         return absorbed < keys * r * d + queries * keys * (d + rope)
-
-    def new_cache(
-        self,
-        batch_size: int,
-        max_len: int | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> LayerCache:
-        """An empty cache with room for `max_len` tokens; if None, one that grows up to seq_len. See `LayerCache`.
-
-        dtype and device default to those of the weights. With int8, a token's latent has one scale and its key another.
-        """
-        c, weight = self.config, self.kv_up.weight
-        shape = (1, (c.kv_compressed_dim, c.rope_dim))
-        dtype, device = dtype or weight.dtype, device or weight.device
-        return LayerCache(batch_size, max_len or c.seq_len, [shape], dtype, device, grows=max_len is None)
 
 
 KIND = AttentionKind(

@@ -1,7 +1,5 @@
 """The layers of a transformer: feed-forward network and block."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,8 +26,6 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
-
-    attention: Any  # of the configured kind: `AttentionKind.layer`
 
     def __init__(self, config: TransformerConfig):
         super().__init__()

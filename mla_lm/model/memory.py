@@ -70,7 +70,7 @@ def training_memory(
         gradients=weights,
         optimizer_state=2 * weights - (4 * matrices if optimizer == "muon" else 0),
         weight_copies=copies,
-        loss=_loss_bytes(config, batch_size * config.seq_len, dtype, device),
+        loss=_loss_bytes(model.head, batch_size * config.seq_len, dtype, device),
         activations=kept,
         checkpointed_activations=checkpointed,
         recomputed_block=block,
@@ -96,9 +96,9 @@ def _kept_bytes(
     return sizes[0] + (config.num_layers - 1) * block, block
 
 
-def _loss_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype, device: str) -> int:
+def _loss_bytes(head: nn.Linear, tokens: int, dtype: torch.dtype, device: str) -> int:
     """The most bytes that `linear_cross_entropy` allocates at once: those held during the softmax of a chunk."""
-    vocab_size = config.vocab_size or 0  # a Transformer has been made of it, so it is set
+    vocab_size = head.out_features
     chunk = max(LEAST_ROWS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // vocab_size)
     mixed = dtype != torch.float32
     per_logit = dtype.itemsize + 4  # the logit, and its probability in fp32
@@ -106,8 +106,8 @@ def _loss_bytes(config: TransformerConfig, tokens: int, dtype: torch.dtype, devi
         per_logit += 4  # the logit cast to fp32; only on a GPU in fp16 does softmax read it uncast
     if tokens > chunk:
         per_logit += 4 + dtype.itemsize * mixed  # the previous chunk's probabilities, now gradients
-    head = vocab_size * config.d_model * dtype.itemsize  # a chunk's gradient of the weight; autocast: its copy
-    return min(tokens, chunk) * vocab_size * per_logit + head * (2 if mixed else 1)
+    gradient = head.weight.numel() * dtype.itemsize  # a chunk's gradient of the weight; autocast: its copy
+    return min(tokens, chunk) * vocab_size * per_logit + gradient * (2 if mixed else 1)
 
 
 def saved_bytes(model: Transformer, tokens: Tensor, dtype: torch.dtype) -> int:

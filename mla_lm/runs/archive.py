@@ -170,11 +170,11 @@ class _Rehearsal(pickle._Unpickler):
 
     def load_setitem(self) -> None:
         _check_keys(self.stack[-2:-1])
-        super().load_setitem()  # pyright: ignore[reportAttributeAccessIssue]
+        super().load_setitem()  # pyright: ignore[reportAttributeAccessIssue] - as `stack`
 
     def load_setitems(self) -> None:
         _check_keys(self.stack[::2])
-        super().load_setitems()  # pyright: ignore[reportAttributeAccessIssue]
+        super().load_setitems()  # pyright: ignore[reportAttributeAccessIssue] - as `stack`
 
     def load_build(self) -> None:
         state = self.stack.pop()

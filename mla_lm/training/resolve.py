@@ -14,7 +14,7 @@ from mla_lm.hardware import (
     matmul_flops_per_second,
     take_own_gpu,
 )
-from mla_lm.model.size import model_size
+from mla_lm.model.size import ModelSize, model_size
 from mla_lm.runs.config_file import changed
 
 
@@ -30,6 +30,7 @@ class Resolved(NamedTuple):
     """A configuration that leaves nothing open; nothing changes it from here on."""
 
     config: TrainConfig
+    size: ModelSize
     device: str  # cpu, cuda or mps
     peak_flops: float  # of all devices together, per second: matrix products, measured in the run's precision
     reasons: list[str]  # a line for each choice
@@ -64,10 +65,11 @@ def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: Sweep
     of_machine = {"trainer.accelerator": accelerator, "trainer.precision": machine.precision}
     config = changed(config, of_machine | _of_tokenizer(config, store) | _of_sweep(config, job))
     peak_flops = matmul_flops_per_second(machine.device, machine.precision) * config.world_size
-    flops = model_size(config.model).flops_per_token * config.tokens_per_step * config.trainer.max_steps
+    size = model_size(config.model)
+    flops = size.flops_per_token * config.tokens_per_step * config.trainer.max_steps
     compiled, why = choose_compile(config.compile, machine.device, flops / peak_flops, config.data.document_mask)
     reasons = [*machine.reasons, f"compile     {compiled} ({why})"]
-    return Resolved(changed(config, {"compile": compiled}), machine.device, peak_flops, reasons)
+    return Resolved(changed(config, {"compile": compiled}), size, machine.device, peak_flops, reasons)
 
 
 def _of_tokenizer(config: TrainConfig, store: TokenStore) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from mla_lm.data.store import TokenStore
 from mla_lm.data.tokenizer import token_bytes
 from mla_lm.errors import Interrupted, TrainingFailed, UserError
 from mla_lm.hardware import DTYPES, is_out_of_memory
-from mla_lm.model.size import model_size
 from mla_lm.model.transformer import Transformer
 from mla_lm.runs.folder import RunFolder
 from mla_lm.runs.load import load_weights
@@ -46,7 +45,7 @@ class Session:
     def __init__(self, resolved: Resolved, run: RunFolder, store: TokenStore, net: Transformer, began: float):
         self.config = config = resolved.config
         self.device, self.run, self.store, self.began = resolved.device, run, store, began
-        self.size = model_size(config.model)
+        self.size = resolved.size
         self.module = LanguageModel(
             net, config, torch.from_numpy(token_bytes(store.tokenizer)), data_fingerprint=store.fingerprint
         )

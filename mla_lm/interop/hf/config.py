@@ -10,15 +10,15 @@ from mla_lm.interop.hf.rope import rope_from_json, rope_to_json
 from mla_lm.model.config import TransformerConfig
 
 
-def form_of(config: TransformerConfig) -> TransformersForm:
-    """How transformers stores the model's attention.
+def form_of(kind: str) -> TransformersForm:
+    """How transformers stores attention of this kind.
 
     Raises:
         UserError: no model class of transformers can hold it.
     """
-    form = KINDS[config.attention.kind].transformers
+    form = KINDS[kind].transformers
     if form is None:
-        raise UserError(f"no model class of transformers can hold model.attention.kind={config.attention.kind}")
+        raise UserError(f"no model class of transformers can hold model.attention.kind={kind}")
     return form
 
 
@@ -32,7 +32,7 @@ def to_json(config: TransformerConfig, end_of_text: int, dtype: str) -> dict[str
     Raises:
         UserError: no class can hold the model, such as MLA with biases or with frequencies of its own.
     """
-    form, layer = form_of(config), config.layer_config()
+    form, layer = form_of(config.attention.kind), config.layer_config()
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -150,8 +150,7 @@ def _deepseek_attention(json: dict[str, Any], config: TransformerConfig) -> dict
         _need(json, name, False)
     if json.get("num_key_value_heads") is not None:
         _need(json, "num_key_value_heads", config.num_heads)
-    form = form_of(TransformerConfig(attention=AttentionConfig(kind="mla")))
-    sizes = {name: entry for entry, name in form.entries.items() if name != "num_heads"}
+    sizes = {name: entry for entry, name in form_of("mla").entries.items() if name != "num_heads"}
     if json.get("q_lora_rank", 0) is None:
         del sizes["q_compressed_dim"]
     return {"kind": "mla", **{name: _size(json, entry) for name, entry in sizes.items()}}

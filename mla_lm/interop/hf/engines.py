@@ -52,7 +52,7 @@ def engines_for(config: TransformerConfig) -> list[Verdict]:
         return [Verdict("transformers", True), *(Verdict(engine, None) for engine in ("vLLM", "SGLang", "llama.cpp"))]
     return [
         Verdict("transformers", True),
-        _vllm_llama(layer.rotated_dim),
+        _vllm_llama(config.d_model // config.num_heads),
         Verdict("SGLang", None),
         Verdict("llama.cpp", True, LLAMA_CPP_TOKENIZER),
     ]

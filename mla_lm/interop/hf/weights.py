@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mla_lm.attention import MLAConfig
 from mla_lm.attention.kind import TransformersForm
 from mla_lm.errors import UserError
 from mla_lm.interop.hf.config import form_of
@@ -36,11 +37,12 @@ def to_transformers(model: Transformer) -> dict[str, Tensor]:
     For DeepseekV3 a tied head is written in addition to the embedding, since vLLM and SGLang do not tie it.
     """
     config, state = model.config, model.state_dict()
-    form = form_of(config)
+    form = form_of(config.attention.kind)
     if config.tie_embeddings and form.architecture != "DeepseekV3ForCausalLM":
         del state["head.weight"]
-    if not config.attention.latent_norm:
-        _add_idle_norms(state, config)
+    layer = config.layer_config()
+    if isinstance(layer, MLAConfig) and not layer.latent_norm:
+        _add_idle_norms(state, layer, config.num_layers)
     weights = {}
     for name, tensor in state.items():
         if (rows := _rotated_rows(name, config)) is not None:
@@ -49,15 +51,15 @@ def to_transformers(model: Transformer) -> dict[str, Tensor]:
     return weights
 
 
-def _add_idle_norms(state: dict[str, Tensor], config: TransformerConfig) -> None:
+def _add_idle_norms(state: dict[str, Tensor], layer: MLAConfig, num_layers: int) -> None:
     """Add latent norms that do nothing to a converted model, which has none.
 
     RMSNorm divides by sqrt(mean of squares + eps). The latents are scaled down until eps outweighs their squares, so
     that the divisor is constant; the norm's weight undoes both factors. (fp16 has no numbers so small; fp32 and bf16
     do.)
     """
-    latent = config.layer_config().cached_elements - config.layer_config().rotated_dim
-    for i in range(config.num_layers):
+    latent = layer.kv_compressed_dim
+    for i in range(num_layers):
         down = state[f"blocks.{i}.attention.kv_down.weight"].clone()
         down[:latent] *= IDLE
         state[f"blocks.{i}.attention.kv_down.weight"] = down
@@ -82,7 +84,7 @@ def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, inte
         if not torch.equal(theirs.get("lm_head.weight", embedding), embedding):
             raise UserError("tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
         theirs = {**theirs, "lm_head.weight": embedding}
-    form = form_of(config)
+    form = form_of(config.attention.kind)
     names = {name: their_name(name, form) for name in shapes}
     if extra := sorted(set(theirs) - set(names.values())):
         raise UserError(f"{extra[0]} has no place in the model that config.json describes ({len(extra)} such tensors)")
@@ -114,7 +116,7 @@ def _shapes(config: TransformerConfig, theirs: dict[str, Tensor]) -> dict[str, t
 def _rotated_rows(name: str, config: TransformerConfig) -> tuple[int, int, int] | None:
     """The heads of a weight or bias, and per head the rows before the rotated ones and these; None if it has none."""
     module = name.split(".")[-2]
-    rows = form_of(config).rotated.get(module) if ".attention." in name else None
+    rows = form_of(config.attention.kind).rotated.get(module) if ".attention." in name else None
     if rows is None:
         return None
     layer, (heads, before) = config.layer_config(), rows

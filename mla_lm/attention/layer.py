@@ -1,0 +1,53 @@
+"""What the layers of all kinds of attention do alike."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mla_lm.attention.documents import Documents
+from mla_lm.attention.kv_cache import LayerCache
+from mla_lm.attention.linear import Linear
+from mla_lm.attention.rope import RotaryEmbedding
+
+
+class AttentionLayer(nn.Module):
+    """Causal self-attention with a cache. A kind adds its projections and `forward(x, cache, documents)`.
+
+    Attributes:
+        config: the layer's sizes, a `LayerConfig`
+        cache_shapes: for each tensor of the cache, its number of heads and the widths of its parts; see `LayerCache`
+        rope: rotation of the kind's queries and keys
+        out_proj: the projection into the residual stream
+    """
+
+    config: Any
+    cache_shapes: list[tuple[int, tuple[int, ...]]]
+    rope: RotaryEmbedding
+    out_proj: Linear
+
+    def rotation(self, tokens: int, cache: LayerCache | None, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        """cos and sin for the next `tokens` positions: (T, D/2) each, or (B, T, D/2) if positions begin at documents.
+
+        Raises:
+            ValueError: there are more tokens than `seq_len`.
+        """
+        cos, sin = self.rope(0 if cache is None else cache.length, tokens)
+        if documents is None:
+            return cos, sin
+        return cos[documents.positions], sin[documents.positions]
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_len: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> LayerCache:
+        """An empty cache with room for `max_len` tokens; if None, one that grows up to seq_len. See `LayerCache`.
+
+        dtype and device default to those of the weights. With int8, each part of `cache_shapes` has a scale per token.
+        """
+        weight, limit = self.out_proj.weight, max_len or self.config.seq_len
+        dtype, device = dtype or weight.dtype, device or weight.device
+        return LayerCache(batch_size, limit, self.cache_shapes, dtype, device, grows=max_len is None)
