@@ -102,11 +102,10 @@ class MHA(AttentionLayer):
         Raises:
             ValueError: there are more tokens than `seq_len`, or than the cache has room for.
         """
-        B, T, _ = x.shape
-        cos, sin = self.rotation(T, cache, documents)
-        q = rotate(self.q_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, -1, self.head_dim), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        cos, sin = self.rotation(x.size(1), cache, documents)
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H, T, D)
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v, dtype=q.dtype)
         out = document_attention(q, k, v, self.scale, documents)

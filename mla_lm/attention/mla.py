@@ -207,7 +207,7 @@ class MLA(AttentionLayer):
         values = latents if cpu_kernel.takes(q, key, latents) else key
         out = causal_attention(q, key, values, self.scale)[..., : c.kv_compressed_dim]  # (B, H, T, kv_compressed_dim)
         out = torch.bmm(out.transpose(0, 1).flatten(1, 2), w_uv.mT)  # (H, B * T, value_dim)
-        return out.transpose(0, 1).reshape(B, T, -1)
+        return out.transpose(0, 1).reshape(B, T, c.num_heads * c.value_dim)
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Whether the absorbed path needs fewer multiply-adds for `queries` new tokens over `keys` cached ones.

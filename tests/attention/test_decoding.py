@@ -130,6 +130,17 @@ def test_a_full_cache_refuses_and_stays_as_it_was(num_kv_heads):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layer", [MLA(MLAConfig(32, 4, 12, None, 4, 16)), MHA(MHAConfig(32, 4, 16, num_kv_heads=2))])
+@pytest.mark.parametrize("stored", [0, 3])
+def test_no_tokens_are_no_output(layer, stored):
+    """Over a filled cache, PyTorch's CPU kernel would divide by zero."""
+    cache = layer.new_cache(2, 8)
+    layer(torch.randn(2, stored, 32), cache)
+    assert layer(torch.randn(2, 0, 32), cache).shape == (2, 0, 32)
+    assert cache.length == stored
+
+
+@torch.no_grad()
 @few
 @given(layers, chunkings, st.sampled_from([None, torch.bfloat16, torch.int8]), st.integers(0, 2**31))
 def test_a_cache_that_grows_is_one_that_was_there_at_once(layer, chunks, dtype, seed):
