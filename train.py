@@ -59,7 +59,7 @@ def job(composed: DictConfig) -> float | None:
 
 
 def train_run(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> float:
-    """Settle which configuration counts, refuse to write over another run, and train."""
+    """Decide which configuration counts, refuse to overwrite another run, and train."""
     composed = with_absolute_paths(composed)
     multirun = HydraConfig.get().mode == RunMode.MULTIRUN
     sweep_job = sweep.job_of(HydraConfig.get()) if multirun else None
@@ -104,7 +104,7 @@ def chosen_resume_point(config: TrainConfig, run: RunFolder, checkpoint: Path | 
 
 
 def check_launch(config: TrainConfig, multirun: bool, goes_on: bool) -> None:
-    """Raises UserError where the processes that were started, or their folder, do not fit what they are to do."""
+    """Raises UserError if the started processes or their run folder do not fit the configuration."""
     named = any(argument.startswith("hydra.run.dir=") for argument in sys.argv)
     if config.world_size > 1 and multirun:
         raise UserError("a multirun trains on one device: start one command for each run with trainer.devices above 1")
@@ -125,12 +125,12 @@ def refuse_to_write_over(run: RunFolder, key: str, how: str = "") -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process, of all that share a run, that writes its folder."""
+    """Whether this process is the one that writes the run folder."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def resume_in_place(arguments: list[str]) -> list[str]:
-    """The command line with RUN as Hydra's run folder where it says ckpt_path=RUN, whatever signs the path has."""
+    """Make RUN Hydra's run folder if the command line says ckpt_path=RUN."""
     paths = [argument.removeprefix("ckpt_path=") for argument in arguments if argument.startswith("ckpt_path=")]
     path = paths[-1].strip("'\"") if paths else ""
     if path in ("", "null"):

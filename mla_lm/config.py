@@ -83,7 +83,7 @@ class LoggerConfig:
 
 
 class SweepJob(NamedTuple):
-    """What a run knows of the sweep that it is a job of."""
+    """The sweep that a run belongs to."""
 
     overrides: list[str]  # the command line that makes this run by itself
     group: str  # of all its runs in wandb: date and time of its folder
@@ -157,7 +157,7 @@ class TrainConfig:
         return self.sequences_per_step // self.world_size // self.micro_batch_size
 
     def check(self) -> None:
-        """What must hold within and between the keys, before anything is built or written.
+        """Check all keys, alone and together, before anything is built or written.
 
         Raises:
             UserError: naming the key and what would be right.
@@ -200,7 +200,7 @@ def may_change(key: str) -> bool:
 
 
 def is_left_open(key: str, value: Any) -> bool:
-    """Whether a dotted key is one that the data or the machine fill in, and this value leaves it to them."""
+    """Whether this value leaves a dotted key to be filled in from the data or the machine."""
     return "filled_in" in MARKS[key] and value == DEFAULTS[key]
 
 
@@ -222,7 +222,7 @@ def config_hash(config: TrainConfig) -> str:
 
 
 def _hashed(flat: dict[str, Any], schema: type) -> dict[str, Any]:
-    """What decides the result of a flattened configuration; a dataset's name on the Hub does, a folder's does not."""
+    """The entries of a flattened configuration that decide the result: names on the Hub do, paths do not."""
     found = keys.marks(schema)
 
     def decides(key: str, value: Any) -> bool:

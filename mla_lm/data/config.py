@@ -105,7 +105,7 @@ class PartConfig(CorpusConfig):
 
 @contextlib.contextmanager
 def in_part(number: int) -> Iterator[None]:
-    """A mistake in a part of a mixture is told with its place, as it would be of that source alone."""
+    """Within, the message of a UserError begins with the part of the mixture that it is about."""
     try:
         yield
     except UserError as error:

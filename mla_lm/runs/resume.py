@@ -1,4 +1,4 @@
-"""Going on with a run, or beginning one from the weights of another: whose configuration counts."""
+"""Combines a command line with the configuration of the run that it resumes, or whose weights it takes."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +52,7 @@ def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
 
 
 def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> TrainConfig:
-    """A new run's configuration that takes the model from another run, but for what the command line names.
+    """The configuration of a new run: another run's model, with what the command line names on top.
 
     Where that is model.attention.yarn.factor, and no model.seq_len, the context grows by that factor.
     """
@@ -78,13 +78,13 @@ def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
 
 
 def different_keys(config: TrainConfig, run: RunFolder) -> list[str]:
-    """By which dotted keys the run in a folder computes something else than this configuration would."""
+    """The dotted keys in which a run's configuration differs from this one, so that its results would differ."""
     ours = flatten(asdict(config))
     return [key for key in differing([config, run.config()]) if not is_left_open(key, ours[key])]
 
 
 def _named_keys(overrides: list[str], keys: list[str], new_run: bool = False) -> dict[str, str | None]:
-    """Every key that the command line names, and the group through which it does, None where it does so by name."""
+    """Map every key that the command line sets to the group that sets it, or to None if the key itself is named."""
     named = {}
     for override in OverridesParser.create().parse_overrides(overrides):
         name = override.key_or_group

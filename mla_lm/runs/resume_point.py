@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole, or the one that is named."""
+"""Finds the checkpoint to resume from: the newest intact one, or the one that the user names."""
 
 import shutil
 import sys
@@ -35,7 +35,7 @@ class ResumePoint(NamedTuple):
 
 
 def named_resume_point(path: Path) -> ResumePoint:
-    """Raises UserError where the checkpoint is missing, damaged, or none that training left."""
+    """The checkpoint at a path; UserError if it is missing, damaged, or not from training."""
     return ResumePoint(path, _load(path), {}, named=True)
 
 

@@ -76,7 +76,7 @@ def load(folder: RunFolder) -> Run:
 
 
 def same_but_for_seed(runs: list[Run]) -> list[list[Run]]:
-    """Runs grouped by their data and all by which their configurations differ, the seed apart; in the first's order."""
+    """Group runs whose data and configurations are equal except for the seed, in the order of their first run."""
     keys = [key for key in differing([run.config for run in runs]) if key != "seed"]
     groups = defaultdict(list)
     for run in runs:
@@ -103,7 +103,7 @@ def named_rows(groups: list[list[Run]]) -> dict[str, list[Run]]:
 
 
 def telling_keys(run: Run, groups: list[list[Run]]) -> list[str]:
-    """Keys that set a run apart from the others; those of its model set it apart from the models most like it.
+    """The keys that distinguish a run. Its model's keys distinguish it from the most similar models only.
 
     What differs between kinds of attention, and besides depth and width between sizes, the columns tell; the steps too.
     """

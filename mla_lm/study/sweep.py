@@ -89,7 +89,7 @@ def trials_of(sweep: Path) -> list[Trial]:
 
 
 def run_overrides(hydra_config: HydraConf) -> list[str]:
-    """The command line of a job less `sweep=...`, which has set nothing but how Hydra makes jobs."""
+    """The command line of a job without `sweep=...`, which only tells Hydra how to make the jobs."""
     overrides: Any = OmegaConf.to_container(hydra_config.overrides, resolve=False)  # as typed: `\${` stays what it is
     return [override for override in overrides["task"] if not override.startswith("sweep=")]
 
@@ -137,7 +137,7 @@ class SweepCallback(Callback):
 
 
 def continue_study(sweeper: DictConfig) -> None:
-    """Let the trials of an earlier process count: Optuna's sweeper would run n_trials more, and no stopped one."""
+    """Count earlier processes' trials towards n_trials, and run stopped ones again; Optuna's sweeper does not."""
     import optuna
     from optuna.trial import TrialState
 
@@ -218,7 +218,7 @@ def end_report(sweep: Path, arguments: list[str], stopped: bool = False) -> str:
 
 
 def trial_table(trials: list[Trial]) -> str:
-    """One line for each trial: what it alone has of the command line, and its figures once it has finished."""
+    """One row per trial: the overrides in which trials differ, and the figures of those that have finished."""
     overrides = [{key: value for key, _, value in (o.partition("=") for o in trial.overrides)} for trial in trials]
     named = dict.fromkeys(key for own in overrides for key in own)
     keys = [key for key in named if len({own.get(key) for own in overrides}) > 1]

@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _refuse(message: str) -> NoReturn:
-    """What argparse complains of, as a user error."""
+    """Raise argparse's complaint as a UserError."""
     raise UserError(f"{message} (--help lists what there is)")
 
 
@@ -109,7 +109,7 @@ def check_arguments(arguments: list[str], groups: Collection[str]) -> None:
 
 
 def quoted(value: object) -> str:
-    """As Hydra's grammar wants a string that may hold any sign."""
+    """Quote a string for Hydra's command-line grammar, whatever characters it has."""
     return QuotedString(str(value), Quote.single).with_quotes()
 
 

@@ -1,4 +1,4 @@
-"""Text of others on this user's terminal: it is shown, and does nothing there."""
+"""Shows text from others on a terminal without letting it control the terminal."""
 
 import re
 from typing import TextIO
@@ -9,7 +9,7 @@ CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 
 
 def printable(text: str) -> str:
-    """With what would move the cursor, colour the screen or turn the direction of writing as escapes, but line ends."""
+    """Escape what would move the cursor, colour the screen or turn the writing direction; line ends stay."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

@@ -10,7 +10,7 @@ UNLIMITED = 100_000  # cells, wider than any table
 
 
 def table(rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Columns beside each other. Names, paths and prompts in them are shown as they are, control characters escaped.
+    """Draw a table. Names, paths and prompts in it are shown literally, with control characters escaped.
 
     Where a terminal is too narrow, cells are folded between words. If that is not enough, rows become columns. A word
     is never split. In a file or pipe, nothing is folded.
@@ -40,7 +40,7 @@ def _one_line(cell: str) -> str:
 
 
 def _draw(cells: Sequence[Sequence[str]], left: int, width: int | None = None) -> str:
-    """In at most `width` cells, or more where the longest words need them; without a width, in Markdown."""
+    """Draw in `width` cells, or more if the longest words need them; without a width, draw Markdown."""
     from rich import box
     from rich.cells import cell_len
     from rich.console import Console

@@ -21,7 +21,7 @@ SaveErrors = dict[Path, UserError | TrainingFailed]  # of the files that could n
 
 
 class BackgroundCheckpointIO(CheckpointIO):
-    """How Lightning saves and loads: whole or not at all, as plain data, and by a thread while training goes on.
+    """Saves and loads checkpoints for Lightning: as plain data, each file whole, by a thread while training goes on.
 
     A save copies the state into CPU memory that the next save uses again, so a run takes one more copy of its state.
     GPU tensors are copied at once, CPU tensors by the thread: call `wait_until_copied` before they change. One save is
@@ -73,15 +73,15 @@ class BackgroundCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
     def wait_until_copied(self) -> None:
-        """From here on the state that was saved last may change."""
+        """Wait until the state of the last save is copied; training may change it then."""
         self.copied.wait()
 
     def failures(self) -> SaveErrors | None:
-        """What could not be written of the last save, told once; None where it is still under way or has been told."""
+        """The errors of the last save, returned once; None while it runs, or if they were returned before."""
         return self.wait() if self.written and self.written.done() else None
 
     def wait(self) -> SaveErrors | None:
-        """As `failures`, after the save under way has ended."""
+        """Wait for the running save to end, then return what `failures` does."""
         written, self.written = self.written, None
         return written.result() if written else None
 
@@ -92,7 +92,7 @@ class BackgroundCheckpointIO(CheckpointIO):
             self.written.exception()  # let it end, and be asked for
 
     def _copy(self, state: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]:
-        """A copy of `state`, and what is left to do for it: (target, source) tensors. Those that are one stay one."""
+        """Return a copy of `state`, and the (target, source) tensors still to be copied. Shared tensors stay shared."""
         memory: dict[tuple, Tensor] = {}
         left: list[tuple[Tensor, Tensor]] = []
 
@@ -150,7 +150,7 @@ def _copy_tensors(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _not_finite(state: Any, name: str = "") -> str | None:
-    """The place in the state of a tensor that has NaN or infinity in it."""
+    """The name of the first tensor in the state that holds NaN or infinity; None if there is none."""
     if isinstance(state, Tensor):
         return name if state.is_floating_point() and not _is_finite(state) else None
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()

@@ -61,7 +61,7 @@ class Metrics(Callback):
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation: of the peak of a matrix product, measured on this machine in this precision."""
+        """Model FLOPs utilisation: the share of the measured rate of a large matrix product in the same precision."""
         rate = self.tokens_per_second
         return rate * self.flops_per_token / self.peak_flops if rate else None
 
@@ -72,7 +72,7 @@ class Metrics(Callback):
         return self.seconds_before + (self.paused_since or time.perf_counter()) - self.began
 
     def pause(self) -> None:
-        """Leave out of the throughput what is done from here to the next step."""
+        """Stop the clock of the throughput until the next step begins."""
         self.paused_since = self.paused_since or time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, module: LanguageModel) -> None:
@@ -161,7 +161,7 @@ class Samples(Callback):
 
 
 class CacheSize(NamedTuple):
-    """What a filled cache was measured to take."""
+    """The measured size of a filled cache."""
 
     bytes_at_seq_len: int
     bytes_per_token: float

@@ -82,7 +82,7 @@ class Checkpoints(Callback):
         self._begin(trainer, module, *(paths or [self.run.last]))
 
     def save_now(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        """See that last.ckpt is of this step, and come back when it is there; where it cannot be written, say so."""
+        """Write last.ckpt of this step and wait until it is on the disk; print a warning if it cannot be written."""
         failures = trainer.strategy.broadcast(self.io.wait())
         if failures or self.last_step != trainer.global_step:
             self._tell(failures, "another one is tried now")
@@ -104,7 +104,7 @@ class Checkpoints(Callback):
             say(f"warning: {error}; {then}", file=sys.stderr)
 
     def _see_to(self, trainer: L.Trainer, failures: SaveErrors | None, last_try: bool = False) -> None:
-        """Take note of what became of a save; all processes alike, though one alone writes.
+        """Handle the outcome of a save. One process writes, and all learn the outcome.
 
         Raises:
             TrainingFailed: the weights are lost.

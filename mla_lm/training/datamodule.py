@@ -51,7 +51,7 @@ class TextDataModule(L.LightningDataModule):
         return Order(sizes, [weight for weight, _ in self.store.parts], self.config.seed)
 
     def places(self, step: int) -> str:
-        """Where in the training split the windows of a step begin, in words: the first few of them, by their tokens."""
+        """Describe where a step's windows begin in the training split: the token positions of the first few."""
         step %= self.config.trainer.overfit_batches or step + 1
         indices = self.order().of_step(step, self.config.sequences_per_step)
         ends = self.train_windows.cumulative_sizes

@@ -32,7 +32,7 @@ class Service(Protocol):
     def log_samples(self, samples: list[Sample], step: int) -> None: ...
 
     def finish(self, summary: dict[str, Any], error: BaseException | None) -> str | None:
-        """As that of RunLogger."""
+        """Close it; see `RunLogger.finish`."""
 
 
 class MetricsFile:
@@ -68,7 +68,7 @@ class MetricsFile:
 
     @property
     def seconds(self) -> float:
-        """Since the run began, pauses between a stop and a resume left out."""
+        """Seconds since the run began, without the time between a stop and a resume."""
         return time.monotonic() - self.began
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
@@ -115,7 +115,7 @@ class TensorBoard:
 
 
 class RunLogger(Logger):
-    """What Lightning and the callbacks log to: metrics.jsonl, and a service beside it. The first process alone does.
+    """Logs to metrics.jsonl and, if there is one, to a service. Only the first process logs.
 
     Whatever they raise is told once, and training goes on.
     """
@@ -174,7 +174,7 @@ class RunLogger(Logger):
 
 
 def open_logger(config: TrainConfig, run: RunFolder, start_step: int, began: float) -> RunLogger:
-    """metrics.jsonl, and what `logger=` names.
+    """Open metrics.jsonl and the service that `logger=` names.
 
     Args:
         start_step: optimizer steps already done

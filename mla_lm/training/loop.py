@@ -85,7 +85,7 @@ def _open_data(config: TrainConfig, run: RunFolder, resume_point: ResumePoint | 
 
 
 def _build_net(config: TrainConfig, resume_point: ResumePoint | None) -> Transformer:
-    """The network, with the weights of another run where it begins from one; UserError where they are another model's.
+    """Build the network; with `init_from`, load the other run's weights. UserError if they belong to another model.
 
     Lightning loads those of `resume_point`.
     """
@@ -116,7 +116,7 @@ def _steps_done(config: TrainConfig, run: RunFolder, resume_point: ResumePoint |
 
 
 def _where_from(config: TrainConfig, resume_point: ResumePoint | None) -> list[str]:
-    """A line on what a run that does not begin from nothing begins with."""
+    """A line that says what the run continues from, or whose weights it starts with."""
     if resume_point:
         return [f"resumed     after step {resume_point.step}"]
     if config.init_from:

@@ -60,7 +60,7 @@ class LanguageModel(L.LightningModule):
         self.evaluated: dict[str, float] = {}  # figures of the last validation or test
 
     def setup(self, stage: str) -> None:
-        """Compile on all devices or on none: each has timed the machine for itself, and the first one's word counts."""
+        """Compile on all devices or on none: each process decides for itself, and the first one's choice counts."""
         if stage == "fit" and self.trainer.strategy.broadcast(self.config.compile):
             prepare_folder()  # which this process has not done where it would not have compiled by itself
             torch.compiler.reset()  # or the compiler would give up after several jobs of a multirun
@@ -151,7 +151,7 @@ class LanguageModel(L.LightningModule):
                 raise TrainingFailed(f"training diverged: {self._words(step, loss, norm)}.\n  {ADVICE}")
 
     def _words(self, step: int, loss: float, norm: float) -> str:
-        """What a step gave, and from what."""
+        """Describe a step: its loss, gradient norm, learning rate and windows."""
         lr = self.config.optimizer.lr * lr_factor(step, self.config.trainer.max_steps, self.config.schedule)
         return (
             f"the loss is {loss:g} and the gradient norm {norm:g} at step {step + 1}, with learning rate {lr:g}, on "

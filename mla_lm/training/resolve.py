@@ -1,4 +1,4 @@
-"""What a configuration leaves open, settled once: by the machine, the data, and the sweep that a run belongs to."""
+"""Fills in, once, what a configuration leaves to the machine, the data, and the run's sweep."""
 
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ def choose_machine(wanted: TrainerConfig) -> Machine:
 
 
 def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: SweepJob | None = None) -> Resolved:
-    """A copy of the configuration with everything filled in, and why.
+    """Return a copy of the configuration with everything filled in, and the reasons.
 
     Args:
         config: checked
@@ -73,7 +73,7 @@ def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: Sweep
 
 
 def _of_tokenizer(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
-    """What the model owes to the tokenizer; UserError where the configuration says otherwise."""
+    """The model's keys that follow from the tokenizer; UserError if the configuration gives other values."""
     found = {
         "vocab_size": vocabulary_size(store.tokenizer),
         "document_token": store.end_of_text_id if config.data.document_mask else None,
@@ -87,7 +87,7 @@ def _of_tokenizer(config: TrainConfig, store: TokenStore) -> dict[str, Any]:
 
 
 def _of_sweep(config: TrainConfig, job: SweepJob | None) -> dict[str, Any]:
-    """Group and tags in wandb; a group that the user gives stays."""
+    """The sweep's wandb group and tags; a group that the user gives takes precedence."""
     if job is None:
         return {}
     group = job.group if config.logger.group is None else config.logger.group

@@ -1,4 +1,4 @@
-"""The work of one process on a run: from its first step, or from where it was left, to its summary."""
+"""Runs training in one process, from the first step or a resume to the summary."""
 
 import sys
 
@@ -32,7 +32,7 @@ from mla_lm.training.watchdog import Watchdog
 
 
 class Session:
-    """The parts of a run, and their way to its end.
+    """Builds the parts of a run, and runs them to the end.
 
     Args:
         net: the network, with the weights that a new run begins from
@@ -117,7 +117,7 @@ class Session:
         return self.module.evaluated
 
     def _told_apart(self, error: BaseException) -> BaseException | None:
-        """What ended training where `error` only looks like something else; None where it is what it is."""
+        """The real cause of `error`, if that is a signal or missing memory; otherwise None."""
         if signum := self.stop_on_signal.received:  # which a compiler, started by us, got as well
             return Interrupted(signum)
         if is_out_of_memory(error):

@@ -54,7 +54,7 @@ def _ddp() -> DDPStrategy:
 
 
 def _quieten() -> None:
-    """Silence what Lightning says of things that are as they are meant to be."""
+    """Silence Lightning's warnings about choices that are intended."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # tokens are memory-mapped
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # within lightning

@@ -55,7 +55,7 @@ class WandbRun:
 
 
 def open_wandb(config: TrainConfig, run: RunFolder) -> WandbRun | None:
-    """Begin, or go on with, the run of wandb that belongs to a run folder; None where WANDB_MODE=disabled."""
+    """Start or resume the wandb run of a run folder; None if WANDB_MODE=disabled."""
     mode = wandb_mode(wandb.Settings().base_url)
     if mode == "disabled":
         return None
@@ -80,7 +80,7 @@ def open_wandb(config: TrainConfig, run: RunFolder) -> WandbRun | None:
 
 
 def _wandb_id(run: RunFolder) -> str:
-    """Of the run in wandb: what wandb's agent gave to a run of its sweep, what the folder has, or a new one."""
+    """The id of the run in wandb: the one from wandb's agent, the one in the run folder, or a new one."""
     if in_wandb_sweep() and (given := os.environ.get("WANDB_RUN_ID")):
         return given  # wandb.init takes no other then
     return run.wandb_id_file.read_text().strip() if run.wandb_id_file.is_file() else secrets.token_hex(4)

@@ -60,7 +60,7 @@ def export_run(path: str | Path, out: Path, dtype: torch.dtype = torch.float32) 
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, end: int, seq_len: int) -> None:
-    """What AutoTokenizer reads, so that it encodes as ours, with the token before that begins a document."""
+    """Write the files that AutoTokenizer reads. It encodes as ours, with the document's first token in front."""
     token = tokenizer.id_to_token(end)
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -123,7 +123,7 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
 
 
 def _model_of(described: dict[str, Any]) -> tuple[TransformerConfig, bool]:
-    """`from_json` of a file that may have anything in the place of anything."""
+    """Call `from_json` on untrusted content, and turn whatever it raises into a UserError."""
     try:
         return from_json(described)
     except UserError:
