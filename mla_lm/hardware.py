@@ -1,11 +1,13 @@
 """What the machine offers: device, precision, whether compiling pays, and the speed of matrix products."""
 
 import os
+import platform
 import resource
 import shutil
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -185,6 +187,32 @@ def memory_bytes(device: str = "cpu") -> int:
     if device == "cuda":
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def processor(device: str) -> str:
+    """Name the processor that a run computes on: the GPU, or the CPU with its family, model and vector instructions.
+
+    On two kinds of CPU the same seed ends in different losses. Virtual machines call several kinds by one name, which
+    family and model tell apart.
+    """
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    numbers = [f"{key.split()[-1]} {value}" for key in ("cpu family", "model") if (value := _cpu_info(key))]
+    return f"{cpu_name()} ({', '.join([*numbers, torch.backends.cpu.get_cpu_capability()])})"
+
+
+def cpu_name() -> str:
+    """The CPU's name as the system gives it."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info(key: str) -> str | None:
+    """The first value of a key in Linux's /proc/cpuinfo; None where there is none."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == key), None
+    )
 
 
 def synchronize(device: str) -> None:

@@ -9,7 +9,14 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from mla_lm import Transformer, TransformerConfig, UserError
 from mla_lm.config import TrainConfig
-from mla_lm.hardware import choose_accelerator, choose_compile, choose_precision, choose_products, take_own_gpu
+from mla_lm.hardware import (
+    choose_accelerator,
+    choose_compile,
+    choose_precision,
+    choose_products,
+    processor,
+    take_own_gpu,
+)
 from mla_lm.training.module import LanguageModel
 
 
@@ -96,3 +103,12 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1000")
     with pytest.raises(UserError, match=r"LOCAL_RANK=1000, but this machine has \d+ GPUs"):
         take_own_gpu()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
+def test_the_processor_is_named_with_what_tells_its_kind():
+    info = Path("/proc/cpuinfo")
+    values = dict(line.split(":", 1) for line in reversed(info.read_text().splitlines()) if ":" in line)
+    values = {key.strip(): value.strip() for key, value in values.items()}
+    for word in (values.get("model name", ""), values.get("cpu family", ""), torch.backends.cpu.get_cpu_capability()):
+        assert word in processor("cpu")

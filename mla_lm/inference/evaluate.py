@@ -15,6 +15,22 @@ from mla_lm.model.transformer import Transformer
 from mla_lm.terminal.tables import table
 
 
+def losses_of(
+    net: Transformer, batch: Tensor, token_bytes: Tensor, first: int = 0, cache_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each target in a batch of windows; arguments as in `sums_by_position`.
+
+    Returns:
+        (B, T - first) each: nats, fp32, 0 where nothing is predicted; whether the target counts; its UTF-8 bytes
+    """
+    targets = batch[:, 1 + first :]
+    cache = None if cache_dtype is None else net.new_cache(len(batch), batch.size(1) - 1, cache_dtype)
+    # never compiled: for new shapes and without gradients, it would cost more than it gains
+    x = net.hidden_states(batch[:, :-1].clamp(min=0), cache)[:, first:]
+    nats = linear_cross_entropy(x, net.head.weight, targets, reduction="none")
+    return nats, targets != IGNORE, torch.where(targets == IGNORE, 0, token_bytes[targets.clamp(min=0)])
+
+
 def sums_by_position(
     net: Transformer, batch: Tensor, token_bytes: Tensor, first: int = 0, cache_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -29,14 +45,8 @@ def sums_by_position(
     Returns:
         (3, T - first), fp64 on the CPU: nats, predicted tokens, and UTF-8 bytes of their text
     """
-    targets = batch[:, 1 + first :]
-    cache = None if cache_dtype is None else net.new_cache(len(batch), batch.size(1) - 1, cache_dtype)
-    # never compiled: for new shapes and without gradients, it would cost more than it gains
-    x = net.hidden_states(batch[:, :-1].clamp(min=0), cache)[:, first:]
-    losses = linear_cross_entropy(x, net.head.weight, targets, reduction="none")
-    text_bytes = torch.where(targets == IGNORE, 0, token_bytes[targets.clamp(min=0)])
-    sums = (losses.sum(0), (targets != IGNORE).sum(0), text_bytes.sum(0))  # over windows: fp32 is precise enough
-    return torch.stack([s.cpu().double() for s in sums])
+    found = losses_of(net, batch, token_bytes, first, cache_dtype)
+    return torch.stack([values.sum(0).cpu().double() for values in found])  # over windows: fp32 is precise enough
 
 
 def totals_of(net: Transformer, batch: Tensor, token_bytes: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from mla_lm.config import TrainConfig, config_hash
-from mla_lm.hardware import peak_memory_bytes
+from mla_lm.hardware import peak_memory_bytes, processor
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.size import ModelSize
 from mla_lm.runs.report import finite_or_none, git_commit
@@ -53,6 +53,8 @@ def summary(
         "total_seconds": total_seconds,
         "precision": config.trainer.precision,
         "accelerator": config.trainer.accelerator,
+        "processor": processor(device),
+        "threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
         "git_commit": git_commit(),
         "data_fingerprint": data_fingerprint,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mla_lm.errors import UserError
-from mla_lm.hardware import choose_accelerator, peak_memory_bytes, synchronize
+from mla_lm.hardware import choose_accelerator, cpu_name, peak_memory_bytes, synchronize
 
 SECONDS = 2.0  # that a contender runs in each round
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers")
@@ -32,14 +32,6 @@ def setup() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         **gpu,
     }
-
-
-def cpu_name() -> str:
-    """As the system calls it."""
-    with_names = Path("/proc/cpuinfo")
-    lines = with_names.read_text().splitlines() if with_names.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

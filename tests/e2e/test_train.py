@@ -46,6 +46,8 @@ SUMMARY = [
     "total_seconds",
     "precision",
     "accelerator",
+    "processor",
+    "threads",
     "torch_version",
     "git_commit",
     "data_fingerprint",
