@@ -1,8 +1,8 @@
 """Test losses of a finished run, window by window and position by position.
 
-`window_losses` measures them once, with the best checkpoint on the whole test split, and keeps them in the run folder as
-test_windows.safetensors. They count for the checkpoint whose hash stands in the file; with another, they are measured
-again.
+`window_losses` measures them once, with the best checkpoint on the whole test split, and keeps them in the run folder
+as test_windows.safetensors. They count for the checkpoint whose hash stands in the file; with another, they are
+measured again.
 """
 
 import sys
