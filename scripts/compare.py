@@ -1,22 +1,18 @@
-"""Runs side by side: `python -m scripts.compare RUN RUN ...`; runs that differ in their seed alone become one row."""
+"""Runs side by side: `python -m scripts.compare RUN RUN ...`; runs that differ in their seed alone become one row.
+
+Several seeds give a mean with its 95% interval, and rows of different attention a difference of the test loss, paired
+by seed and by test window. The first time, that measures the test losses of their runs.
+"""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
-from mla_lm.study.compare import (
-    COLUMNS,
-    OF_ONE_TOKENIZER,
-    caption,
-    cells_of,
-    every_run,
-    load,
-    named_rows,
-    runs_in,
-    same_but_for_seed,
-)
+from mla_lm.study.collect import load, runs_in
+from mla_lm.study.compare import Comparison, caption, cells_of, every_run, remarks
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import printable, say
 from mla_lm.terminal.tables import markdown, table
@@ -33,36 +29,41 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", metavar="DIR", help="also write comparison.md, comparison.csv (every run) and comparison.png there"
     )
+    cli.add_trust(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     runs = [load(folder) for folder in dict.fromkeys(folder for path in args.runs for folder in runs_in(path))]
-    different = len({run.figures["data_fingerprint"] for run in runs}) > 1
+    different = len({run.figures["data_fingerprint"] for run in runs if not run.unfinished}) > 1
     if different and not args.across_data:
         raise UserError(
             "these runs have different corpora or tokenizers, so their perplexities do not compare: "
             "give runs of the same data, or --across-data for bits per byte alone"
         )
-    rows = named_rows(same_but_for_seed(runs))
-    columns = [column for column in COLUMNS if not (args.across_data and column[0] in OF_ONE_TOKENIZER)]
-    cells = [["run", *(heading for _, heading, _ in columns)]]
-    cells += [[name, *cells_of(row, columns)] for name, row in rows.items()]
-    above, below = [], []
-    if different:
-        above = [caption(runs), ""]
-    if len({run.figures["tokens_seen"] for run in runs}) > 1:
-        below = ["", "These runs have seen different numbers of tokens, which may be all that sets them apart."]
+    comparison = Comparison(runs, f"python -m scripts.compare {shlex.join(sys.argv[1:])}", args.trust)
+    cells = cells_of(comparison.result, args.across_data)
+    above = [caption(runs), ""] if different else []
+    below = remarks(comparison.result, args.across_data)
+    below = ["", *below] if below else []
     say(*above, table(cells, left=2), *below)
     if args.out:
-        from mla_lm.study.plot import plot  # needs matplotlib, which the table does not
+        write_files(Path(args.out), comparison, [*above, markdown(cells, left=2), *below, ""], args.across_data)
 
-        lines = (*above, markdown(cells, left=2), *below, "")
-        write(Path(args.out) / "comparison.md", printable("\n".join(lines)).encode())
-        write(Path(args.out) / "comparison.csv", every_run(runs).encode())
-        folders = {name: [run.folder for run in row] for name, row in rows.items()}
-        write(Path(args.out) / "comparison.png", plot(folders, "bits_per_byte" if args.across_data else "loss"))
+
+def write_files(folder: Path, comparison: Comparison, lines: list[str], across_data: bool) -> None:
+    """Write the comparison as Markdown, CSV and a plot.
+
+    Args:
+        lines: of the Markdown
+    """
+    from mla_lm.study.plot import plot  # needs matplotlib, which the table does not
+
+    comparison.add_curves()
+    write(folder / "comparison.md", printable("\n".join(lines)).encode())
+    write(folder / "comparison.csv", every_run(comparison).encode())
+    write(folder / "comparison.png", plot(comparison.result.rows, "bits_per_byte" if across_data else "loss"))
 
 
 def write(path: Path, content: bytes) -> None:

@@ -1,25 +1,23 @@
-"""Finished runs side by side; runs that differ in their seed alone become one row."""
+"""Finished runs side by side, as a `Result`, and its table; runs that differ in their seed alone become one row."""
 
 import csv
 import io
-import json
-import os
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import mean, stdev
+from datetime import date
+from statistics import fmean
 from typing import Any
 
-from mla_lm.config import TrainConfig, differing
+from mla_lm.config import differing
 from mla_lm.errors import UserError
-from mla_lm.keys import flatten
-from mla_lm.model.size import model_size
-from mla_lm.runs.folder import RunFolder, find_run
+from mla_lm.study.collect import SIZE, Run, named_rows, same_but_for_seed, shown
+from mla_lm.study.decoding import decoding_speeds, greedy_samples
+from mla_lm.study.result import Estimate, Result, Row
+from mla_lm.study.row_figures import add_difference, add_position, corpora_of, curve_of, machine_of, row_of
 
-# key of Run.figures, heading, format
+# what `value_of` takes, heading, format
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("attention", "attention", str),
+    ("kind", "attention", str),
+    ("seeds", "seeds", str),
     ("parameters", "parameters", "{:,}".format),
     ("flops_per_token", "FLOPs/token", lambda flops: f"{flops / 1e6:,.1f}M"),
     ("tokens_seen", "tokens", "{:,}".format),
@@ -27,117 +25,137 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("test_perplexity", "test ppl", "{:.2f}".format),
     ("val_bits_per_byte", "val bits/byte", "{:.4f}".format),
     ("test_bits_per_byte", "test bits/byte", "{:.4f}".format),
-    ("kv_cache_bytes_per_token", "cache B/token", "{:,.0f}".format),
-    ("kv_cache_vs_mha", "vs MHA", "{:.3f}".format),
+    ("difference", "difference", "{:.4f}".format),
+    ("percent", "in %", "{:.2f}".format),
+    ("cache_bytes_per_token", "cache B/token", "{:,.0f}".format),
+    ("cache_vs_mha", "vs MHA", "{:.3f}".format),
     ("tokens_per_second", "tokens/s", "{:,.0f}".format),
 )
-OF_ONE_TOKENIZER = ("val_perplexity", "test_perplexity")
-SIZE = ("model.num_layers", "model.d_model")
+OF_ONE_TOKENIZER = ("val_perplexity", "test_perplexity", "difference", "percent")
+SIGNED = ("difference", "percent")
 
 
-@dataclass
-class Run:
-    """A run that came to its end."""
+class Comparison:
+    """Runs, the rows that they make, and what was found of these.
 
-    folder: RunFolder
-    config: TrainConfig
-    figures: dict[str, Any]  # summary.json, and flops_per_token
+    Attributes:
+        runs: all that were given, the unfinished too
+        groups: the runs of each row, under its name
+        across_data: whether the runs are of several corpora or tokenizers
+        result: without curves until `add_curves`
 
-    @property
-    def keys(self) -> dict[str, Any]:
-        """The configuration by dotted keys."""
-        return flatten(asdict(self.config))
-
-
-def runs_in(path: str) -> list[RunFolder]:
-    """The run that a path names, or the runs side by side in a folder."""
-    parent = Path(path).expanduser().absolute()
-    children = sorted(parent.glob("*/config.yaml"), key=lambda file: (len(file.parent.name), file))  # 2 before 10
-    if children and not (parent / "config.yaml").exists():
-        return [RunFolder(child.parent) for child in children]
-    return [find_run(path)[0]]
-
-
-def load(folder: RunFolder) -> Run:
-    """Raises UserError for a run that has not finished, or was none of training."""
-    summary, config = folder.summary(), folder.config()
-    if not summary:
-        raise UserError(
-            f"{folder.path} has no summary.json: it was imported, converted, or killed before its end.\n"
-            "  scripts.evaluate measures such a model; train.py ckpt_path=RUN goes on with a run that was killed"
-        )
-    if not summary.get("finished"):
-        raise UserError(f"{folder.path} has not finished: python train.py ckpt_path={folder.path} goes on with it")
-    if summary["attention"] != config.model.attention.kind:
-        raise UserError(
-            f"{folder.summary_file} is damaged: it is of {summary['attention']}, config.yaml of another kind"
-        )
-    return Run(folder, config, {**summary, "flops_per_token": model_size(config.model).flops_per_token})
-
-
-def same_but_for_seed(runs: list[Run]) -> list[list[Run]]:
-    """Group runs whose data and configurations are equal except for the seed, in the order of their first run."""
-    keys = [key for key in differing([run.config for run in runs]) if key != "seed"]
-    groups = defaultdict(list)
-    for run in runs:
-        groups[json.dumps([run.figures["data_fingerprint"], [run.keys[key] for key in keys]])].append(run)
-    return list(groups.values())
-
-
-def named_rows(groups: list[list[Run]]) -> dict[str, list[Run]]:
-    """Each group under a name: its first run's folder, how many runs it has, and what sets it apart from the others."""
-    paths = [group[0].folder.path for group in groups]
-    folders = [path.name for path in paths]
-    if len(set(folders)) < len(folders):
-        shared = os.path.commonpath([path.parent for path in paths])
-        folders = [str(path.relative_to(shared)) for path in paths]
-    rows = {}
-    for folder, group in zip(folders, groups, strict=True):
-        if len(group) > 1:
-            differ_in_seed = len({run.config.seed for run in group}) == len(group)
-            folder += f" ({len(group)} {'seeds' if differ_in_seed else 'runs'})"
-        keys = telling_keys(group[0], groups)
-        settings = [f"{key}={shortened(shown(group[0].keys[key]))}" for key in keys]
-        rows[", ".join([folder, *settings])] = group
-    return rows
-
-
-def telling_keys(run: Run, groups: list[list[Run]]) -> list[str]:
-    """The keys that distinguish a run. Its model's keys distinguish it from the most similar models only.
-
-    What differs between kinds of attention, and besides depth and width between sizes, the columns tell; the steps too.
+    Raises:
+        UserError: no run has finished.
     """
-    others = [group[0] for group in groups]
-    same_kind = [other for other in others if other.config.model.attention.kind == run.config.model.attention.kind]
-    same_size = [other for other in same_kind if all(other.keys[key] == run.keys[key] for key in SIZE)]
-    keys = [key for key in differing([other.config for other in same_kind]) if key in SIZE]
-    keys += [key for key in differing([other.config for other in same_size]) if key.startswith("model.")]
-    keys += [key for key in differing([other.config for other in others]) if not key.startswith("model.")]
-    return [key for key in keys if key not in ("seed", "trainer.max_steps")]
+
+    def __init__(self, runs: list[Run], command: str, trusted: bool = False):
+        self.runs = runs
+        groups = [group for group in same_but_for_seed(runs) if not all(run.unfinished for run in group)]
+        if not groups:
+            raise UserError(runs[0].unfinished if runs else "there are no runs to compare: name at least one")
+        # the finished runs first, as the first one speaks for its row
+        self.groups = named_rows([sorted(group, key=lambda run: run.unfinished is not None) for group in groups])
+        rows = {name: row_of(name, group) for name, group in self.groups.items()}
+        for name, base in baselines(self.groups).items():
+            add_difference(rows[name], self.groups[name], rows[base], self.groups[base], trusted)
+        corpora = corpora_of(runs)
+        self.across_data = len(corpora) > 1
+        self.result = Result(
+            title="Comparison of runs",
+            command=command,
+            date=date.today().isoformat(),
+            rows=list(rows.values()),
+            corpus=corpora,
+            machine=machine_of(runs),
+            configs={name: group[0].folder.config_file.read_text() for name, group in self.groups.items()},
+            failed=[run.unfinished.splitlines()[0] for run in runs if run.unfinished],
+        )
+
+    def add_curves(self) -> None:
+        """Raises UserError if a metrics.jsonl is damaged."""
+        for row in self.result.rows:
+            row.curve = curve_of(self.groups[row.name])
+
+    def add_measurements(self, trusted: bool = False) -> None:
+        """Add what takes a while, for a report: the loss by position, decoding speeds and greedy samples of each row.
+
+        What of it cannot be measured, a row's notes say.
+        """
+        for row in self.result.rows:
+            first = self.groups[row.name][0]
+            try:
+                add_position(row, self.groups[row.name], trusted)
+                row.samples = greedy_samples(first.folder)
+            except UserError as error:
+                row.notes.append(f"no loss by position or no samples: {str(error).splitlines()[0]}")
+            row.decoding = decoding_speeds(first.config)
 
 
-def shown(value: Any) -> str:
-    """As it would be typed on train.py's command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+def baselines(groups: dict[str, list[Run]]) -> dict[str, str]:
+    """For each row that is to be compared with another, the name of that one.
+
+    Rows compare if they are of one size, and have read as many tokens of the same data in windows of one length. Where
+    their kinds differ, the baseline is MHA, of several the row with the lowest validation loss; without MHA, the first.
+    """
+    alike: dict[tuple, list[str]] = {}
+    for name, group in groups.items():
+        first = group[0]
+        keys = [first.keys[key] for key in (*SIZE, "model.seq_len")]
+        alike.setdefault((*keys, first.figures["tokens_seen"], first.figures["data_fingerprint"]), []).append(name)
+    found = {}
+    for names in alike.values():
+        if len({groups[name][0].kind for name in names}) == 1:
+            continue
+        mha = [name for name in names if groups[name][0].kind == "mha"]
+        base = min(mha, key=lambda name: mean_val_loss(groups[name])) if mha else names[0]
+        found |= {name: base for name in names if name != base}
+    return found
 
 
-def shortened(text: str, most: int = 40) -> str:
-    """The end of a long value, where one path differs from another."""
-    return text if len(text) <= most else "..." + text[3 - most :]
+def mean_val_loss(runs: list[Run]) -> float:
+    """Of the finished ones."""
+    return fmean(run.figures["val_loss"] for run in runs if not run.unfinished)
 
 
-def cells_of(row: list[Run], columns: list[tuple]) -> list[str]:
-    """A row of the table: of one run, or the mean and the standard deviation over several seeds."""
-    cells = []
-    for key, _, form in columns:
-        values = [run.figures[key] for run in row]
-        if None in values:
-            cells.append("-")
-        elif len(set(values)) == 1:
-            cells.append(form(values[0]))
-        else:
-            cells.append(f"{form(mean(values))} ± {form(stdev(values))}")
-    return cells
+def cells_of(result: Result, across_data: bool) -> list[list[str]]:
+    """The table: headings, then a row for each row, an estimate as its mean ± half of its 95% interval."""
+    columns = [column for column in COLUMNS if not (across_data and column[0] in OF_ONE_TOKENIZER)]
+    if not any(row.difference for row in result.rows):
+        columns = [column for column in columns if column[0] not in SIGNED]
+    heading = ["run", *(heading for _, heading, _ in columns)]
+    return [heading, *([row.name, *(cell(key, row, result, form) for key, _, form in columns)] for row in result.rows)]
+
+
+def cell(key: str, row: Row, result: Result, form: Callable[[Any], str]) -> str:
+    value = value_of(key, row, result)
+    if value is None:
+        return "-"
+    if not isinstance(value, Estimate):
+        return form(value)
+    mean = "+" * (key in SIGNED and value.mean > 0) + form(value.mean)
+    return mean if value.half_width is None else f"{mean} ± {form(value.half_width)}"
+
+
+def value_of(key: str, row: Row, result: Result) -> Any:
+    if key == "kind":
+        return row.kind
+    if key == "seeds":
+        return len(row.seeds)
+    if key == "difference":
+        return row.difference
+    if key == "percent":
+        return in_percent(row, result)
+    return row.estimates.get(key, row.figures.get(key))
+
+
+def in_percent(row: Row, result: Result) -> Estimate | None:
+    """A row's difference in percent of its baseline's mean test loss."""
+    if row.difference is None:
+        return None
+    base = next(other for other in result.rows if other.name == row.baseline)
+    scale = 100 / base.estimates["test_loss"].mean
+    low, high = (end if end is None else end * scale for end in (row.difference.low, row.difference.high))
+    return Estimate([value * scale for value in row.difference.values], row.difference.mean * scale, low, high)
 
 
 def caption(runs: list[Run]) -> str:
@@ -149,12 +167,61 @@ def caption(runs: list[Run]) -> str:
     )
 
 
-def every_run(runs: list[Run]) -> str:
-    """All figures of each run, seeds apart, and the settings by which the runs differ, as CSV."""
-    keys = differing([run.config for run in runs])
-    rows = [{"run": run.folder.path} | {key: shown(run.keys[key]) for key in keys} | run.figures for run in runs]
+def remarks(result: Result, across_data: bool) -> list[str]:
+    """Lines below the table: what its intervals mean, and what keeps the rows from comparing."""
+    lines = []
+    if any(len(row.seeds) > 1 for row in result.rows):
+        lines.append("± is half the width of the 95% interval of the mean over seeds (Student's t).")
+    if not across_data:
+        lines += [about_difference(base, result) for base in dict.fromkeys(row.baseline for row in result.rows) if base]
+    if len({row.figures["tokens_seen"] for row in result.rows}) > 1:
+        lines.append("These runs have seen different numbers of tokens, which may be all that sets them apart.")
+    for note in dict.fromkeys(note for row in result.rows for note in row.notes):
+        names = [row.name for row in result.rows if note in row.notes]
+        lines.append(f"{'each row' if len(names) == len(result.rows) > 1 else joined(names)}: {note}.")
+    return lines + [f"left out: {line}" for line in result.failed]
+
+
+def about_difference(base: str, result: Result) -> str:
+    rows = [row for row in result.rows if row.baseline == base]
+    names = joined([row.name for row in rows])
+    said = f"The difference of {names} is in test loss to {base} (nats per token), on the same seeds and windows."
+    with_interval = any(row.difference and row.difference.half_width is not None for row in rows)
+    return said + " Its 95% interval covers the choice of seeds and of windows." * with_interval
+
+
+def joined(names: list[str]) -> str:
+    """a, b and c."""
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
+
+
+def every_run(comparison: Comparison) -> str:
+    """All figures of each run, seeds apart, the settings by which the runs differ, and those of its row, as CSV."""
+    keys = differing([run.config for run in comparison.runs])
+    rows = {row.name: row for row in comparison.result.rows}
+    row_of_run = {run.folder: rows[name] for name, group in comparison.groups.items() for run in group}
+    lines = [
+        {"run": run.folder.path}
+        | {key: shown(run.keys[key]) for key in keys}
+        | ({"finished": False} | run.figures)
+        | (of_row(row_of_run[run.folder], comparison.result) if run.folder in row_of_run else {})
+        for run in comparison.runs
+    ]
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(lines)
     return text.getvalue()
+
+
+def of_row(row: Row, result: Result) -> dict[str, Any]:
+    """The columns of `every_run` that are alike for all runs of a row."""
+    estimates = {
+        key: row.estimates.get(key) for key in ("val_loss", "test_loss", "val_bits_per_byte", "test_bits_per_byte")
+    }
+    estimates |= {"difference": row.difference, "difference_percent": in_percent(row, result)}
+    cells = {"row": row.name, "row_seeds": len(row.seeds), "row_baseline": row.baseline}
+    for key, value in estimates.items():
+        ends = (None, None, None) if value is None else (value.mean, value.low, value.high)
+        cells |= dict(zip((f"row_{key}", f"row_{key}_low", f"row_{key}_high"), ends, strict=True))
+    return cells

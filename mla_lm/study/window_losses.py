@@ -91,8 +91,14 @@ def measure(run: LoadedRun, tokens: Tokens | np.ndarray, device: str) -> WindowL
             ended += int(ends.sum())
             parts.append([values.sum(1) for values in found] + [documents])
     nats, counted, text_bytes, documents = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-    whole = [counts.astype(np.int64) for counts in (counted, text_bytes, documents)]
-    return WindowLosses(nats, *whole, positions[0].numpy(), positions[1].numpy().astype(np.int64))
+    return WindowLosses(
+        nats,
+        counted.astype(np.int64),
+        text_bytes.astype(np.int64),
+        documents,
+        positions[0].numpy(),
+        positions[1].numpy().astype(np.int64),
+    )
 
 
 def _read(file: Path, digest: str, seq_len: int) -> WindowLosses | None:
@@ -103,7 +109,7 @@ def _read(file: Path, digest: str, seq_len: int) -> WindowLosses | None:
         with safe_open(file, framework="numpy") as content:
             if (content.metadata() or {}).get("checkpoint") != digest:
                 return None
-            losses = WindowLosses(*(content.get_tensor(name) for name in WindowLosses._fields))
+            losses = WindowLosses._make(content.get_tensor(name) for name in WindowLosses._fields)
     except (SafetensorError, OSError, ValueError):
         return None
     windows = losses.tokens.shape
