@@ -128,11 +128,16 @@ def cells_of(result: Result, across_data: bool) -> list[list[str]]:
 
 def cell(key: str, row: Row, result: Result, form: Callable[[Any], str]) -> str:
     value = value_of(key, row, result)
+    if value is None or isinstance(value, Estimate):
+        return shown_estimate(value, form, signed=key in SIGNED)
+    return form(value)
+
+
+def shown_estimate(value: Estimate | None, form: Callable[[Any], str], signed: bool = False) -> str:
+    """A mean ± half of its 95% interval; the mean alone without one, and - for what was not measured."""
     if value is None:
         return "-"
-    if not isinstance(value, Estimate):
-        return form(value)
-    mean = "+" * (key in SIGNED and value.mean > 0) + form(value.mean)
+    mean = "+" * (signed and value.mean > 0) + form(value.mean)
     return mean if value.half_width is None else f"{mean} ± {form(value.half_width)}"
 
 

@@ -25,6 +25,7 @@ from mla_lm.config import SweepJob
 from mla_lm.errors import Interrupted, UserError
 from mla_lm.files import write_atomically
 from mla_lm.runs.folder import RunFolder
+from mla_lm.study.seed_means import seed_means
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import say
 from mla_lm.terminal.tables import table
@@ -205,6 +206,8 @@ def end_report(sweep: Path, arguments: list[str], stopped: bool = False) -> str:
     trials = trials_of(sweep)
     finished = [trial for trial in trials if trial.status == "finished"]
     lines = ["", trial_table(trials), ""] if trials else []
+    if means := seed_means([trial.run for trial in finished]):
+        lines += [means, ""]
     if finished:
         lines.append(f"best        python train.py {shlex.join(finished[0].overrides)}")
     if len(finished) > 1:

@@ -64,7 +64,8 @@ def names_in(folder: Path) -> set[str]:
 
 def test_models_and_seeds(train, tmp_path):
     """The table is sorted; the best one's command makes that run again; all can be compared."""
-    models = "model=mla_tiny,mha_tiny,gqa_tiny,mqa_tiny"
+    kinds = ("mla", "mha", "gqa", "mqa")
+    models = f"model={','.join(f'{kind}_tiny' for kind in kinds)}"
     result = succeeded(train.bare("-m", models, "seed=1,2", *TINY, *train.data, "hydra.sweep.dir=sweep"))
     table = table_of(result)
     summaries = {name: summary_of(tmp_path / "sweep" / name) for name in names_in(tmp_path / "sweep")}
@@ -85,6 +86,12 @@ def test_models_and_seeds(train, tmp_path):
         assert row["val loss"] == f"{summary['val_loss']:.4f}"
         assert row["test bits/byte"] == f"{summary['test_bits_per_byte']:.4f}"
         assert row["cache B/token"] == f"{summary['kv_cache_bytes_per_token']:,.0f}"
+
+    lines = result.stdout.splitlines()
+    means = lines[next(n for n, line in enumerate(lines) if line.startswith("mean over seeds ")) + 1 :][:4]
+    losses = {kind: [s["val_loss"] for s in summaries.values() if s["attention"] == kind] for kind in kinds}
+    ranked = sorted(losses, key=lambda kind: sum(losses[kind]))
+    assert [line.split()[:3] for line in means] == [[kind, "2", f"{sum(losses[kind]) / 2:.4f}"] for kind in ranked]
 
     program, *overrides = command_after(result, "best")
     assert program == "train.py"
