@@ -9,7 +9,7 @@ from typing import Any
 from mla_lm.errors import UserError
 from mla_lm.keys import HUB_PATH, INCIDENTAL, PATH, check_at_least, check_choice, marked
 
-SOURCES = ("python_stdlib", "text", "characters", "hub")
+SOURCES = ("python_stdlib", "python_packages", "text", "characters", "hub")
 MIXTURE = "mixture"  # the source that is several others
 SMALLEST_WEIGHT = 0.001  # a place in every 1,000 training windows
 TOKENIZER_KINDS = ("bpe", "file", "hub", "characters", "bytes")
@@ -55,7 +55,7 @@ class SplitsConfig:
 class CorpusConfig:
     """Which text."""
 
-    source: str = "python_stdlib"  # python_stdlib | text | characters | hub
+    source: str = "python_stdlib"  # python_stdlib | python_packages | text | characters | hub
     files: Any = field(default=None, metadata=PATH)  # a path or glob, or a list of them
     # source=hub: organisation/name of a dataset, or a folder laid out like one
     path: str | None = marked(None, HUB_PATH)
@@ -76,7 +76,7 @@ class CorpusConfig:
                 f"data.path, name, revision, splits, lines and max_characters are not read by data={self.source}: "
                 "choose data=hub"
             )
-        if self.source in ("python_stdlib", "hub") and self.files:
+        if self.source in ("python_stdlib", "python_packages", "hub") and self.files:
             raise UserError(f"data.files is not read by data={self.source}: choose data=text for your own files")
         if self.source in ("text", "characters") and not self.files:
             raise UserError(f"data={self.source} needs data.files, a path or a glob: for example data.files='my/*.txt'")

@@ -33,17 +33,26 @@ def open_mixture(config: DataConfig, tokenizer: Tokenizer | None = None) -> Toke
 
 
 def mix(weights: list[float], stores: list[TokenStore]) -> TokenStore:
-    """Combine several stores with the same tokenizer into one."""
+    """Combine several stores with the same tokenizer into one. Validation or test text that parts share counts once."""
+    of_split = {"train": stores, **{split: _distinct(stores, split) for split in SPLITS[1:]}}
     return replace(
         stores[0],
         fingerprint=hash_text("mixture", *map(repr, weights), *(store.fingerprint for store in stores)),
         description=f"a mixture of {', '.join(f'{w:g} {s.description}' for w, s in zip(weights, stores, strict=True))}",
         skipped=[name for store in stores for name in store.skipped],
-        counts={split: sum(store.counts[split] for store in stores) for split in SPLITS},
-        text_bytes={split: sum(store.text_bytes[split] for store in stores) for split in SPLITS},
-        shards={split: [path for store in stores for path in store.shards[split]] for split in SPLITS},
+        counts={split: sum(store.counts[split] for store in of_split[split]) for split in SPLITS},
+        text_bytes={split: sum(store.text_bytes[split] for store in of_split[split]) for split in SPLITS},
+        shards={split: [path for store in of_split[split] for path in store.shards[split]] for split in SPLITS},
         mixed=tuple(zip(weights, stores, strict=True)),
     )
+
+
+def _distinct(stores: list[TokenStore], split: str) -> list[TokenStore]:
+    """The stores whose tokens of `split` no store before them has."""
+    distinct: dict[tuple[str, ...], TokenStore] = {}
+    for store in stores:
+        distinct.setdefault(store.hashes[split], store)
+    return list(distinct.values())
 
 
 def _part(config: DataConfig, number: int) -> DataConfig:

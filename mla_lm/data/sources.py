@@ -5,6 +5,7 @@ from pathlib import Path
 from mla_lm.data.config import DataConfig
 from mla_lm.data.corpus import Source
 from mla_lm.data.hub import hub_dataset
+from mla_lm.data.python_packages import python_packages
 from mla_lm.data.python_stdlib import python_stdlib
 from mla_lm.data.text_files import character_file, text_files
 
@@ -19,6 +20,8 @@ def open_source(config: DataConfig) -> Source:
     memory = Path(config.cache_dir).expanduser() / "hashes.json"
     if config.source == "python_stdlib":
         return python_stdlib(memory)
+    if config.source == "python_packages":
+        return python_packages(memory)
     if config.source == "text":
         return text_files(config.files, config.column, memory)
     if config.source == "hub":

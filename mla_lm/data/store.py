@@ -40,6 +40,7 @@ class TokenStore:
     counts: dict[str, int]  # tokens of each split (train, validation, test), including end-of-text
     text_bytes: dict[str, int]  # UTF-8 bytes of each split's text
     shards: dict[str, list[Path]]
+    hashes: dict[str, tuple[str, ...]]  # of the shards of each split; equal ones hold the same tokens
     dtype: str  # of the tokens in the shards
     mixed: tuple[tuple[float, "TokenStore"], ...] = ()
 
@@ -90,6 +91,7 @@ def _open_folder(folder: Path) -> TokenStore:
         counts={split: sum(shard["tokens"] for shard in splits[split]["shards"]) for split in SPLITS},
         text_bytes={split: splits[split]["text_bytes"] for split in SPLITS},
         shards={split: [folder / shard["file"] for shard in splits[split]["shards"]] for split in SPLITS},
+        hashes={split: tuple(shard["xxh3"] for shard in splits[split]["shards"]) for split in SPLITS},
         dtype=meta["dtype"],
     )
 

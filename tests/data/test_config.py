@@ -63,7 +63,7 @@ def test_the_weights_that_the_message_proposes_are_right(weights):
         ([{"weight": 1}, {}], ["data.parts[1].weight=0", "share"]),
         ([{"weight": 2}, {"weight": -1}], ["data.parts[1].weight=-1"]),
         ([{"weight": float("nan")}], ["data.parts[0].weight=nan"]),
-        ([{"source": "web", "weight": 1}], ["data.parts[0]: data.source=web", "python_stdlib, text"]),
+        ([{"source": "web", "weight": 1}], ["data.parts[0]: data.source=web", "python_stdlib, python_packages, text"]),
         ([{"source": "mixture", "weight": 1}], ["data.parts[0]: data.source=mixture is unknown"]),
         ([{"weight": 0.5}, {"source": "text", "weight": 0.5}], ["data.parts[1]: data=text needs data.files"]),
         ([{"source": "hub", "weight": 1}], ["data.parts[0]: data=hub needs data.path"]),
@@ -99,7 +99,10 @@ def test_unknown_keys_and_wrong_types_are_refused(keys, error):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (DataConfig(source="wikipedia"), ["data.source=wikipedia", "python_stdlib, text, characters, hub"]),
+        (
+            DataConfig(source="wikipedia"),
+            ["data.source=wikipedia", "python_stdlib, python_packages, text, characters, hub"],
+        ),
         (DataConfig(source="text"), ["data=text", "data.files"]),
         (DataConfig(files="a.txt"), ["data.files", "data=text"]),
         (DataConfig(source="hub"), ["data=hub", "data.path", "roneneldan/TinyStories"]),

@@ -23,7 +23,7 @@ from mla_lm.runs.report import data_lines
 from mla_lm.training.datamodule import TextDataModule
 from scripts.soak.runs import check_same
 from tests.conftest import ACCUMULATING, SMALL, refused, send_at, succeeded
-from tests.data.conftest import STORIES
+from tests.data.conftest import STORIES, rows_of, write_rows
 
 WAVES = "".join(f"The {i}th wave broke on the shore.\n" for i in range(900))
 GULLS = "".join(f"{i} gulls cried naïvely, ☃" + "!" * (i % 5) + "\n" for i in range(200))
@@ -83,6 +83,24 @@ def test_parts_are_of_any_source(config, folder):
     stories = store.parts[0][1]
     assert decode(store.tokenizer, stories.tokens("test")[:]) == "<|endoftext|>".join([*STORIES[300:320], ""])
     assert "train, validation, test=validation" in store.description
+
+
+def test_validation_and_test_that_parts_share_count_once(config, tmp_path):
+    """A part with the same validation and test text, but another training split, adds only that."""
+    for split in SPLITS:
+        write_rows(tmp_path / "other" / "data" / f"{split}-00000-of-00001.parquet", rows_of([f"{split} of both"]))
+    shutil.copytree(tmp_path / "other", tmp_path / "set")
+    write_rows(tmp_path / "set" / "data" / "train-00000-of-00001.parquet", rows_of(STORIES))
+    config.parts = [PartConfig("hub", path=str(tmp_path / name), weight=0.25) for name in ("set", "other", "other")]
+    config.parts.append(replace(config.parts[0], source="text", path=None, files=str(tmp_path / "waves.txt")))
+    store = open_store(config)
+    waves = store.parts[3][1]
+    for split in ("validation", "test"):
+        text = f"{split} of both<|endoftext|>" + decode(waves.tokenizer, waves.tokens(split)[:])
+        assert decode(store.tokenizer, store.tokens(split)[:]) == text
+        assert store.counts[split] == len(store.tokens(split))
+        assert store.text_bytes[split] == len(text.replace("<|endoftext|>", ""))
+    assert store.counts["train"] == sum(part.counts["train"] for _, part in store.parts)
 
 
 def test_a_corpus_alone_is_one_part_with_all_the_weight(config):

@@ -98,6 +98,8 @@ def _data(summary: dict[str, Any], config: TrainConfig) -> str:
     text = "Text files of the one who trained it."  # their paths are private
     if data.source == "python_stdlib":
         text = "The source code of Python's standard library."
+    elif data.source == "python_packages":
+        text = "The source code of Python packages, which have licences of their own."
     elif data.source == "hub" and HUB_NAME.fullmatch(data.path or ""):  # not a folder
         details = "".join(f", {_code(x)}" for x in (data.name, data.revision) if x)
         text = f"`{data.path}` of the Hugging Face Hub{details}."
