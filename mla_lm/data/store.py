@@ -150,6 +150,8 @@ def _contradiction(meta: dict[str, Any], vocab_size: int) -> str | None:
         for shard in meta["splits"][split]["shards"]:
             if shard["file"] != os.path.basename(shard["file"]):
                 return f"{shard['file']} is not in its folder"
+            if not isinstance(shard["xxh3"], str):
+                return f"{shard['file']} has {shard['xxh3']} as its hash"
             if (
                 type(shard["tokens"]) is not int
                 or not 0 < shard["tokens"] * np.dtype(meta["dtype"]).itemsize == shard["size"]

@@ -181,6 +181,7 @@ HOSTILE = {
         folder, tokens=(folder / "train-00000.bin").stat().st_size / 2
     ),
     "no number": lambda folder: change_shard(folder, tokens="many"),
+    "hash": lambda folder: change_shard(folder, xxh3=[]),
     "no text": lambda folder: change_split(folder, text_bytes=0),
 }
 
