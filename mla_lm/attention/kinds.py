@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mla_lm.attention import gla, gqa, gta, mla
+from mla_lm.attention import gla, gqa, gta, mla, mla_shared
 from mla_lm.attention.kind import AttentionKind, SharedOptions
 
 KINDS: dict[str, AttentionKind] = {
@@ -12,6 +12,7 @@ KINDS: dict[str, AttentionKind] = {
     "mqa": gqa.MQA_KIND,
     "gta": gta.KIND,
     "gla": gla.KIND,
+    "mla_shared": mla_shared.KIND,
 }
 
 

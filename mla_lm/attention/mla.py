@@ -115,8 +115,12 @@ class MLA(AttentionLayer):
         """Attention over cached entries, (B, S, kv_compressed_dim + rope_dim), by the cheaper path."""
         if self.absorbing_is_cheaper(q_nope.size(1), entries.size(1)):
             return self.absorbed(q_nope, q_rope, entries)
+        return self.decompressed(q_nope, q_rope, *self.split(entries))
+
+    def split(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries as latents (B, S, kv_compressed_dim) and shared keys (B, S, 1, rope_dim)."""
         latent, k_rope = entries.split((self.config.kv_compressed_dim, self.config.rope_dim), dim=-1)
-        return self.decompressed(q_nope, q_rope, latent, k_rope.unsqueeze(2))
+        return latent, k_rope.unsqueeze(2)
 
     def decompressed(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents | None = None
