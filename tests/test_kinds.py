@@ -66,7 +66,8 @@ def test_presets_of_one_size_are_equal_but_for_attention_and_feed_forward(kind, 
     assert ours.attention == kind
     assert ours.parameters == pytest.approx(mha.parameters, rel=0.01)
     assert ours.parameters == pytest.approx(SIZES[size][1], rel=0.15)
-    assert ours.flops_per_token == pytest.approx(mha.flops_per_token, rel=0.01)
+    if kind != "mlra":  # which attends several times for each head
+        assert ours.flops_per_token == pytest.approx(mha.flops_per_token, rel=0.01)
     assert shared(preset_of(f"{kind}_{size}")) == shared(preset_of(f"mha_{size}"))
 
 
@@ -180,7 +181,7 @@ def test_greedy_generation_is_full_recomputation(kind):
 def test_learns(kind):
     model = model_of(kind)
     tokens = torch.randint(61, (1, 17))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()

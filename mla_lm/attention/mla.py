@@ -89,14 +89,18 @@ class MLA(AttentionLayer):
         return self.output(out)
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries of x (eqs. 12 to 14): (B, T, H, nope_dim), and (B, T, H, rope_dim), rotated."""
+        """The queries of x: (B, T, H, nope_dim), and (B, T, H, rope_dim), rotated (eq. 14)."""
+        q_nope, q_rope = self.plain_queries(x).split((self.config.nope_dim, self.config.rope_dim), dim=-1)
+        return q_nope, rotate(q_rope, cos, sin)
+
+    def plain_queries(self, x: Tensor) -> Tensor:
+        """The queries before rotation, (B, T, H, nope_dim + rope_dim) (eqs. 12 and 13)."""
         c = self.config
         if c.q_compressed_dim is None:
             q = self.q_proj(x)
         else:
             q = self.q_up(self._scaled(self.q_norm(self.q_down(x)), c.q_compressed_dim))
-        q_nope, q_rope = q.unflatten(-1, (c.num_heads, self.qk_dim)).split((c.nope_dim, c.rope_dim), dim=-1)
-        return q_nope, rotate(q_rope, cos, sin)
+        return q.unflatten(-1, (c.num_heads, self.qk_dim))
 
     def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The latents (eq. 9) and the rotated key that all heads share (eq. 15).
@@ -130,12 +134,18 @@ class MLA(AttentionLayer):
         Shapes: q_nope (B, T, H, nope_dim), q_rope (B, T, H, rope_dim), latent (B, S, kv_compressed_dim),
         k_rope (B, S, 1, rope_dim), result (B, T, H, value_dim).
         """
-        c, heads = self.config, q_nope.size(2)
-        k_nope, v = self.kv_up(latent).unflatten(-1, (heads, -1)).split((c.nope_dim, c.value_dim), dim=-1)
+        k_nope, v = self.up(latent)
         q = torch.cat((q_nope, q_rope), dim=-1)
-        k = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, -1, heads, -1)), dim=-1)
+        k = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, -1, v.size(2), -1)), dim=-1)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return document_attention(q, k, v, self.scale, documents).transpose(1, 2)
+
+    def up(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys without position and values: (B, S, H, nope_dim) and (B, S, H, value_dim) (eqs. 10 and 11)."""
+        c = self.config
+        kv = self.kv_up(latent).unflatten(-1, (-1, c.nope_dim + c.value_dim))
+        k_nope, v = kv.split((c.nope_dim, c.value_dim), dim=-1)
+        return k_nope, v
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
         """Attention on the cached latents themselves, as multi-query attention with one wide key (appendix C).
