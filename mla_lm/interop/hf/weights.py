@@ -71,8 +71,9 @@ def _add_idle_norms(state: dict[str, Tensor], layer: MLAConfig, num_layers: int)
 def _scale_norms(state: dict[str, Tensor], layer: MLAConfig, num_layers: int) -> None:
     """Put the factors of `latent_scale` into the weights of the latents' norms, which transformers does not scale."""
     for name, width in (("kv_norm", layer.kv_compressed_dim), ("q_norm", layer.q_compressed_dim)):
-        for key in (f"blocks.{i}.attention.{name}.weight" for i in range(num_layers) if width):
-            state[key] = state[key] * (layer.d_model / width) ** 0.5
+        if width is not None:
+            for key in (f"blocks.{i}.attention.{name}.weight" for i in range(num_layers)):
+                state[key] = state[key] * (layer.d_model / width) ** 0.5
 
 
 def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, interleaved: bool) -> dict[str, Tensor]:
