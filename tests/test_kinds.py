@@ -20,7 +20,8 @@ from tests.kinds import config_of, each_kind, model_of, preset_of, spread
 
 # Size: the vocabulary it is meant for, and about how many parameters it has with it.
 SIZES = {"tiny": (4096, 1e6), "small": (4096, 2.6e6), "medium": (50257, 124e6), "large": (50257, 350e6)}
-each_size = pytest.mark.parametrize("size", SIZES)
+ONLY_OF_THE_FIRST_KINDS = {"large"}  # sizes that a kind may lack
+PRESETS = {file.stem for file in (ROOT / "conf" / "model").glob("*.yaml")}
 
 
 def size_of(kind: str, size: str) -> ModelSize:
@@ -50,12 +51,13 @@ def test_a_kind_that_is_none():
 
 
 def test_every_preset_is_of_a_size_that_is_known():
-    names = {file.stem for file in (ROOT / "conf" / "model").glob("*.yaml")}
-    assert names == {f"{kind}_{size}" for kind in KINDS for size in SIZES} | {"mla_serving"}
+    needed = {f"{kind}_{size}" for kind in KINDS for size in set(SIZES) - ONLY_OF_THE_FIRST_KINDS} | {"mla_serving"}
+    assert needed <= PRESETS <= needed | {f"{kind}_{size}" for kind in KINDS for size in ONLY_OF_THE_FIRST_KINDS}
 
 
-@each_kind
-@each_size
+@pytest.mark.parametrize(
+    ("kind", "size"), [(kind, size) for kind in KINDS for size in SIZES if f"{kind}_{size}" in PRESETS]
+)
 def test_presets_of_one_size_are_equal_but_for_attention_and_feed_forward(kind, size):
     def shared(config: TransformerConfig) -> dict:
         return {key: value for key, value in vars(config).items() if key not in ("attention", "ff_hidden")}
@@ -64,7 +66,8 @@ def test_presets_of_one_size_are_equal_but_for_attention_and_feed_forward(kind, 
     assert ours.attention == kind
     assert ours.parameters == pytest.approx(mha.parameters, rel=0.01)
     assert ours.parameters == pytest.approx(SIZES[size][1], rel=0.15)
-    assert ours.flops_per_token == pytest.approx(mha.flops_per_token, rel=0.01)
+    if kind != "mlra":  # which attends several times for each head
+        assert ours.flops_per_token == pytest.approx(mha.flops_per_token, rel=0.01)
     assert shared(preset_of(f"{kind}_{size}")) == shared(preset_of(f"mha_{size}"))
 
 
@@ -101,12 +104,23 @@ def test_parameters_and_flops_are_those_of_the_model(kind, tied):
 def test_the_cache_has_the_bytes_that_the_kind_says(kind, dtype):
     model = model_of(kind)
     cache = model.new_cache(3, 10, dtype)
-    elements = model.config.layer_config().cached_elements
-    assert cache.nbytes == 3 * 10 * 2 * elements * dtype.itemsize  # batch, tokens, layers
+    elements = KINDS[kind].caches(2) * model.config.layer_config().cached_elements
+    assert cache.nbytes == 3 * 10 * elements * dtype.itemsize  # batch, tokens
     assert model_size(model.config).cache_bytes_per_token(2, dtype) == cache.nbytes / (3 * 10)
     with torch.no_grad():
         model(torch.zeros(3, 10, dtype=torch.long), cache=cache)
-    assert (cache.nbytes, cache.length) == (3 * 10 * 2 * elements * dtype.itemsize, 10)  # filling it adds nothing
+    assert (cache.nbytes, cache.length) == (3 * 10 * elements * dtype.itemsize, 10)  # filling it adds nothing
+
+
+@each_kind
+@torch.no_grad()
+def test_an_int8_cache_changes_little(kind):
+    model, tokens = spread(model_of(kind)), torch.randint(61, (2, 16))
+    cache = model.new_cache(2, 16, torch.int8)
+    logits = torch.cat([model(part, cache=cache) for part in tokens.split([9, 1, 1, 5], dim=1)], dim=1)
+    assert cache.nbytes < model.new_cache(2, 16, torch.bfloat16).nbytes
+    full = model(tokens)
+    assert 0 < (logits - full).std() < 0.1 * full.std()
 
 
 # computed
@@ -167,7 +181,7 @@ def test_greedy_generation_is_full_recomputation(kind):
 def test_learns(kind):
     model = model_of(kind)
     tokens = torch.randint(61, (1, 17))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         loss = model(tokens[:, :-1], tokens[:, 1:])
         loss.backward()

@@ -265,11 +265,11 @@ def size_of(preset: str, vocab_size: int) -> ModelSize:
     return model_size(replace(preset_of(preset), vocab_size=vocab_size))
 
 
-def test_the_table_of_the_four_kinds():
+def test_the_table_of_measured_kinds():
     rows = re.findall(
         r"^\| (\w+) \| ([\d,]+) \| ([\d.]+)M \| ([\d,]+) \| ([\d.]+) \|", (ROOT / "README.md").read_text(), re.M
     )
-    assert [kind for kind, *_ in rows] == list(KINDS)
+    assert {"mla", "mha"} <= {kind for kind, *_ in rows} <= set(KINDS)
     for kind, parameters, flops, cache, of_mha in rows:
         size = size_of(f"{kind}_small", 4096)
         per_token = size.cache_bytes_per_token(4, torch.bfloat16)
@@ -279,9 +279,11 @@ def test_the_table_of_the_four_kinds():
 
 def test_the_table_of_presets():
     text = (ROOT / "conf" / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| .* ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", text, re.M)
-    assert [size for size, *_ in rows] == ["tiny", "small", "medium", "large"]
-    for size, vocabulary, *elements in rows:
-        for kind, shown in zip(KINDS, elements, strict=True):
-            counted = size_of(f"{kind}_{size}", int(vocabulary.replace(",", ""))).cache_elements_per_token_per_layer
-            assert shown == f"{counted:,}", f"{kind}_{size}"
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+|-) \|$", text, re.M)
+    assert [kind for kind, *_ in rows] == list(KINDS)
+    for kind, *shown in rows:
+        for size, elements in zip(("tiny", "small", "medium", "large"), shown, strict=True):
+            if (ROOT / "conf" / "model" / f"{kind}_{size}.yaml").exists():
+                assert elements == f"{size_of(f'{kind}_{size}', 50257).cache_elements_per_token_per_layer:,}"
+            else:
+                assert elements == "-"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.kind import DERIVED, AttentionKind, TransformersForm, check_positive
-from mla_lm.attention.kv_cache import LayerCache
+from mla_lm.attention.kv_cache import LayerCache, length
 from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
@@ -67,6 +67,10 @@ class MHAConfig:
         return self.num_heads * 2 * self.head_dim
 
     @property
+    def macs_per_token(self) -> int:
+        return 0
+
+    @property
     def rotated_dim(self) -> int:
         return self.head_dim
 
@@ -102,7 +106,7 @@ class MHA(AttentionLayer):
         Raises:
             ValueError: there are more tokens than `seq_len`, or than the cache has room for.
         """
-        cos, sin = self.rotation(x.size(1), cache, documents)
+        cos, sin = self.rotation(x.size(1), length(cache), documents)
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

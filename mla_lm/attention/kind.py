@@ -30,12 +30,17 @@ class LayerConfig(Protocol):
 
     @property
     def cached_elements(self) -> int:
-        """Elements that the layer's cache keeps for each token."""
+        """Elements that the cache of a layer which has one keeps for each token."""
         ...
 
     @property
     def macs_per_key(self) -> int:
         """Multiply-adds for one query and one key over all heads: score and weighted value, without projections."""
+        ...
+
+    @property
+    def macs_per_token(self) -> int:
+        """Multiply-adds of matrix products for each token besides those with weights and those of `macs_per_key`."""
         ...
 
     @property
@@ -74,6 +79,8 @@ class AttentionKind:
             rope_base and yarn by keyword, and every field of `options`; raises UserError for invalid sizes.
         layer: the module, made from a `LayerConfig`
         transformers: how `scripts.export` writes the weights; None: no model class of transformers can hold them
+        reader: the module of every second layer, where it reads the keys of the layer before it instead of computing
+            and caching its own; None: all layers are alike
     """
 
     title: str
@@ -81,6 +88,20 @@ class AttentionKind:
     layer_config: Callable[..., LayerConfig]
     layer: Callable[..., AttentionLayer]
     transformers: TransformersForm | None = None
+    reader: Callable[..., AttentionLayer] | None = None
+
+    @property
+    def period(self) -> int:
+        """After how many layers their modules repeat."""
+        return 1 if self.reader is None else 2
+
+    def layer_at(self, index: int, config: LayerConfig) -> AttentionLayer:
+        """Make the attention of the layer with this index; the first is 0."""
+        return self.reader(config) if self.reader is not None and index % 2 else self.layer(config)
+
+    def caches(self, num_layers: int) -> int:
+        """How many of so many layers have a cache."""
+        return -(-num_layers // self.period)
 
 
 def check_positive(config: object, *names: str) -> None:

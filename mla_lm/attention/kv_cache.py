@@ -1,4 +1,4 @@
-"""KV caches: one latent per token for MLA, the keys and values of each head for the other kinds."""
+"""KV caches: what each kind of attention keeps of past tokens, and its quantisation to int8."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ class LayerCache:
     """The cache of one attention layer. It holds up to `max_len` tokens; the first `length` positions are filled.
 
     MLA keeps one tensor, (B, 1, room, kv_compressed_dim + rope_dim): the normalised latent and the rotated shared key.
-    MHA, GQA and MQA keep two, keys and values, (B, num_kv_heads, room, head_dim) each. In int8, each of these is
-    followed by a tensor of its scales; see `quantize`.
+    MHA, GQA and MQA keep two, keys and values, (B, num_kv_heads, room, head_dim) each. A layer that reads the keys of
+    the one before it keeps none. In int8, each tensor is followed by one of its scales; see `quantize`.
 
     Args:
         batch_size: B
@@ -84,6 +84,11 @@ class LayerCache:
     def nbytes(self) -> int:
         """Bytes of the tensors, including room that is not filled yet."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def length(cache: LayerCache | None) -> int:
+    """Number of tokens stored; 0 without a cache."""
+    return 0 if cache is None else cache.length
 
 
 class ModelCache:

@@ -26,13 +26,34 @@ class AttentionLayer(nn.Module):
     rope: RotaryEmbedding
     out_proj: Linear
 
-    def rotation(self, tokens: int, cache: LayerCache | None, documents: Documents | None) -> tuple[Tensor, Tensor]:
-        """cos and sin for the next `tokens` positions: (T, D/2) each, or (B, T, D/2) if positions begin at documents.
+    def attend(
+        self, x: Tensor, cache: LayerCache | None, documents: Documents | None, carried: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention as a block calls it: `forward`, and what one layer passes on to the next.
+
+        Most kinds pass nothing on; a kind whose layers share keys overrides this.
+
+        Args:
+            carried: what the layer before returned; None in the first layer
+
+        Returns:
+            (B, T, d_model), and what the next layer gets
+        """
+        return self(x, cache, documents), None
+
+    def init_weights(self) -> None:
+        """Draw again those weights that do not begin as the model draws all matrices, from N(0, 0.02^2)."""
+
+    def rotation(self, tokens: int, past: int, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of the `tokens` positions after `past` earlier ones.
+
+        Returns:
+            (T, D/2) each, or (B, T, D/2) where positions begin at documents
 
         Raises:
             ValueError: there are more tokens than `seq_len`.
         """
-        cos, sin = self.rope(0 if cache is None else cache.length, tokens)
+        cos, sin = self.rope(past, tokens)
         if documents is None:
             return cos, sin
         return cos[documents.positions], sin[documents.positions]

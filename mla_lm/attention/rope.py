@@ -72,7 +72,7 @@ def sharpening(factor: float, mscale: float = 1.0) -> float:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + D/2) of the last dimension by its position's angle (RoFormer, eq. 34).
+    """Rotate each pair (i, i + D/2) of the last dimension, if it has any, by its position's angle (RoFormer, eq. 34).
 
     Args:
         x: (B, T, H, D)
@@ -81,6 +81,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (B, T, H, D), in x's dtype
     """
+    if x.size(-1) == 0:  # which chunk does not halve
+        return x
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for all heads
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

@@ -82,6 +82,22 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (weights @ v).view(B, H, T, -1)
 
 
+def causal_softmax(scores: Tensor) -> Tensor:
+    """The weights of attention whose scores no fused kernel can compute: for few queries, as they are stored.
+
+    Args:
+        scores: (B, H, T, S), where the T queries are the last T of the S positions
+
+    Returns:
+        (B, H, T, S), in the same dtype; 0 where a position is later than the query
+    """
+    queries, keys = scores.shape[2:]
+    if queries > 1:
+        later = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores.softmax(-1)
+
+
 def _rows(q: Tensor, k: Tensor) -> Tensor:
     """Stack the query heads that share a key head as rows of one matrix: (B, H_kv, H / H_kv * T, D)."""
     return q.reshape(q.size(0), k.size(1), -1, q.size(3))

@@ -25,15 +25,28 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream.
 
-    def __init__(self, config: TransformerConfig):
+    Args:
+        index: the block's place in the model, from 0; in some kinds of attention, every second layer reads the keys of
+            the layer before it
+    """
+
+    def __init__(self, config: TransformerConfig, index: int = 0):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = KINDS[config.attention.kind].layer(config.layer_config())
+        self.attention = KINDS[config.attention.kind].layer_at(index, config.layer_config())
         self.feed_forward_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache, documents)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
+        carried: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after this block, (B, T, d_model), and what its attention passes on to the next block."""
+        out, carried = self.attention.attend(self.attention_norm(x), cache, documents, carried)
+        x = x + out
+        return x + self.feed_forward(self.feed_forward_norm(x)), carried

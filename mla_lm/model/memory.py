@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mla_lm.attention import KINDS
 from mla_lm.attention.sdpa import stores_scores
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.loss import CHUNK_LOGITS, LEAST_ROWS
@@ -58,18 +59,17 @@ def training_memory(
     with torch.device("meta"):
         model = Transformer(config)
     weights = 4 * sum(p.numel() for p in model.parameters())
-    matrices = sum(m.weight.numel() for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear))
-    copies = 0 if dtype == torch.float32 else matrices * dtype.itemsize
-    kept, block = _kept_bytes(config, batch_size, dtype, copies // config.num_layers, checkpointing=False)
+    matrices = _matrices(model)
+    kept, block = _kept_bytes(config, batch_size, dtype, checkpointing=False)
     if device != "cpu" and stores_scores("cpu", dtype, config.seq_len):  # _kept_bytes runs the model as on a CPU
         scores = batch_size * config.num_heads * config.seq_len**2 * dtype.itemsize
         kept, block = kept - config.num_layers * scores, block - scores
-    checkpointed, _ = _kept_bytes(config, batch_size, dtype, 0, checkpointing=True)  # a checkpoint keeps no copies
+    checkpointed, _ = _kept_bytes(config, batch_size, dtype, checkpointing=True)
     return TrainingMemory(
         weights=weights + sum(b.nbytes for b in model.buffers()),
         gradients=weights,
         optimizer_state=2 * weights - (4 * matrices if optimizer == "muon" else 0),
-        weight_copies=copies,
+        weight_copies=_copies(model, dtype),
         loss=_loss_bytes(model.head, batch_size * config.seq_len, dtype, device),
         activations=kept,
         checkpointed_activations=checkpointed,
@@ -78,21 +78,31 @@ def training_memory(
     )
 
 
-def _kept_bytes(
-    config: TransformerConfig, batch_size: int, dtype: torch.dtype, copies_per_block: int, checkpointing: bool
-) -> tuple[int, int]:
+def _matrices(model: Transformer) -> int:
+    """Elements of the blocks' matrices."""
+    return sum(m.weight.numel() for block in model.blocks for m in block.modules() if isinstance(m, nn.Linear))
+
+
+def _copies(model: Transformer, dtype: torch.dtype) -> int:
+    """Bytes of autocast's copies of the blocks' matrices."""
+    return 0 if dtype == torch.float32 else _matrices(model) * dtype.itemsize
+
+
+def _kept_bytes(config: TransformerConfig, batch_size: int, dtype: torch.dtype, checkpointing: bool) -> tuple[int, int]:
     """Bytes that the forward pass keeps, and one block's share of them, both without autocast's copies of weights.
 
-    The model itself runs on fake tensors, which have no data. A run with one block and one with two tell what each
-    further block adds.
+    The model itself runs on fake tensors, which have no data. A run with one block and one with one period of blocks
+    more tell what each further block adds.
     """
-    sizes = []
-    for num_layers in (1, 2):
+    sizes, period = [], KINDS[config.attention.kind].period
+    for num_layers in (1, 1 + period):
         part = replace(config, num_layers=num_layers, activation_checkpointing=checkpointing)
         with FakeTensorMode():
             tokens = torch.zeros(batch_size, config.seq_len, dtype=torch.long)
-            sizes.append(saved_bytes(Transformer(part), tokens, dtype) - num_layers * copies_per_block)
-    block = sizes[1] - sizes[0]
+            model = Transformer(part)
+            copies = 0 if checkpointing else _copies(model, dtype)  # a checkpoint keeps none
+            sizes.append(saved_bytes(model, tokens, dtype) - copies)
+    block = (sizes[1] - sizes[0]) // period
     return sizes[0] + (config.num_layers - 1) * block, block
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from mla_lm.attention import AttentionConfig
+from mla_lm.attention import KINDS, AttentionConfig
 from mla_lm.errors import UserError
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.transformer import Transformer
@@ -20,11 +20,11 @@ class ModelSize:
     parameters: int
     non_embedding_parameters: int  # without the embedding table, but with an untied head
     flops_per_token: float  # a training step at seq_len: forward, and twice that for backward; causal
-    cache_elements_per_token_per_layer: int
+    cache_elements_per_token_per_layer: float  # the mean over layers; a whole number where every layer has a cache
 
     def cache_bytes_per_token(self, num_layers: int, dtype: torch.dtype) -> int:
         """Bytes of the KV cache per stored token, over all layers."""
-        return num_layers * self.cache_elements_per_token_per_layer * dtype.itemsize
+        return round(num_layers * self.cache_elements_per_token_per_layer) * dtype.itemsize
 
 
 def model_size(config: TransformerConfig) -> ModelSize:
@@ -39,14 +39,19 @@ def model_size(config: TransformerConfig) -> ModelSize:
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     layer = config.layer_config()
     keys_seen = (config.seq_len + 1) / 2  # by the average query
-    attention = config.num_layers * keys_seen * layer.macs_per_key
+    attention = config.num_layers * (layer.macs_per_token + keys_seen * layer.macs_per_key)
+    cached = KINDS[config.attention.kind].caches(config.num_layers) * layer.cached_elements
     return ModelSize(
         attention=config.attention.kind,
         parameters=parameters,
         non_embedding_parameters=parameters - model.embedding.weight.numel(),
         flops_per_token=3 * 2 * (matrices + attention),
-        cache_elements_per_token_per_layer=layer.cached_elements,
+        cache_elements_per_token_per_layer=_mean(cached, config.num_layers),
     )
+
+
+def _mean(total: int, count: int) -> float:
+    return total / count if total % count else total // count
 
 
 def same_size_as(config: TransformerConfig) -> list[ModelSize]:

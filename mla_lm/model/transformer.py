@@ -29,7 +29,7 @@ class Transformer(nn.Module):
             raise UserError("vocab_size is not set: give the number of the tokenizer's entries")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -45,6 +45,7 @@ class Transformer(nn.Module):
         elif isinstance(module, Block):  # apply() visits a block after its submodules
             for weight in (module.attention.out_proj.weight, module.feed_forward.down_proj.weight):
                 nn.init.normal_(weight, std=0.02 / (2 * self.config.num_layers) ** 0.5)
+            module.attention.init_weights()
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: ModelCache | None = None, reduction: str = "mean"
@@ -74,13 +75,14 @@ class Transformer(nn.Module):
         documents = None
         if self.config.document_token is not None and cache is None:
             documents = Documents.find(tokens, self.config.document_token)
+        carried = None  # from each block's attention to the next
         for i, block in enumerate(self.blocks):
             if cache is not None:
-                x = block(x, cache.layers[i])
+                x, carried = block(x, cache.layers[i], carried=carried)
             elif self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, None, documents, use_reentrant=False)
+                x, carried = checkpoint(block, x, None, documents, carried, use_reentrant=False)
             else:
-                x = block(x, documents=documents)
+                x, carried = block(x, documents=documents, carried=carried)
         return self.norm(x)
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """Loads a trained model from its run, after checking that its configuration describes its weights."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 
+from mla_lm.attention import KINDS
 from mla_lm.config import TrainConfig
 from mla_lm.data.tokenizer import load_tokenizer, vocabulary_size
 from mla_lm.errors import UserError
@@ -83,9 +83,11 @@ def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor],
     items = weights.items() if isinstance(weights, dict) else [(None, None)]
     if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in items):
         raise UserError(f"{checkpoint} is no checkpoint of this project: its state_dict is not one of tensors")
+    config.layer_config()  # checks that the kind is known
+    period = KINDS[config.attention.kind].period
     try:
         with torch.device("meta"):
-            one = Transformer(replace(config, num_layers=1)).state_dict()
+            first = Transformer(replace(config, num_layers=period)).state_dict()
     except (RuntimeError, TypeError, OverflowError) as error:  # torch raises these for sizes beyond 64 bits
         raise UserError(f"{checkpoint} holds another model: the configured one has impossible sizes") from error
     layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
@@ -93,8 +95,11 @@ def check_describes(config: TransformerConfig, weights: dict[str, torch.Tensor],
         raise UserError(
             f"{checkpoint} holds another model: {layers} layers are there, where model.num_layers={config.num_layers}"
         )
-    numbered = {re.sub(r"^blocks\.0\.", f"blocks.{i}.", name): one[name] for i in range(layers) for name in one}
-    _check_shapes(numbered, weights, checkpoint)
+    ours = {name: tensor for name, tensor in first.items() if not name.startswith("blocks.")}
+    for i in range(layers):
+        like = f"blocks.{i % period}."
+        ours |= {name.replace(like, f"blocks.{i}.", 1): first[name] for name in first if name.startswith(like)}
+    _check_shapes(ours, weights, checkpoint)
     check_tables(config)
 
 

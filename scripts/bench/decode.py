@@ -79,6 +79,8 @@ class Ours:
         self.model = copy.deepcopy(model).prepare_decoding(model.head.weight.dtype, compiled)
         self.cache = model.new_cache(batch, context + room)
         for layer, stored in zip(self.cache.layers, entries(model, context), strict=True):
+            if not stored:  # a layer that reads the keys of the one before it
+                continue
             layer.append(*(tensor.expand(batch, -1, -1, -1) for tensor in stored))
 
     @property

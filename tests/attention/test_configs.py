@@ -20,7 +20,8 @@ MHA_SIZES = {"d_model": 64, "num_heads": 4, "seq_len": 32}
     ("change", "message"),
     [
         ({"rope_dim": 7}, "rope_dim=7 must be even"),
-        ({"rope_dim": 0}, "rope_dim=0 must be at least 1"),
+        ({"rope_dim": -2}, "rope_dim=-2 must be even, as rotation works on pairs, and at least 0"),
+        ({"init": "xavier"}, "init=xavier is unknown: normal or fan_in"),
         ({"d_model": 66}, "d_model=66 is not divisible by num_heads=4"),
         ({"num_heads": 0}, "num_heads=0 must be at least 1"),
         ({"d_model": -64}, "d_model=-64 must be at least 1"),

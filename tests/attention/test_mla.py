@@ -152,3 +152,48 @@ def test_bias_reaches_every_projection_of_the_input():
     with_bias = {name for name, _ in small(use_bias=True).named_parameters() if name.endswith("bias")}
     assert with_bias == {"q_down.bias", "q_up.bias", "kv_down.bias", "out_proj.bias"}
     assert not [name for name, _ in small().named_parameters() if name.endswith("bias")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("absorb", [False, True])
+@torch.no_grad()
+def test_without_rope(dtype, absorb):
+    """Keys have no position: earlier tokens may come in any order. The cache holds latents alone."""
+    mla, x = small(rope_dim=0), torch.randn(2, 9, 32)
+    torch.testing.assert_close(mla(x)[:, -1], mla(x[:, [3, 1, 0, 2, 7, 6, 5, 4, 8]])[:, -1])
+    mla.absorbing_is_cheaper = lambda queries, keys: absorb
+    cache = mla.new_cache(2, 9, dtype)
+    out = torch.cat([mla(part, cache) for part in x.split([4, 1, 3, 1], dim=1)], dim=1)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(out, mla(x), rtol=tolerance, atol=tolerance)
+    assert cache.nbytes == 2 * 9 * (12 * 4 if dtype == torch.float32 else 12 + 2)
+
+
+@torch.no_grad()
+def test_without_rope_a_compiled_step_takes_the_cpu_kernel():
+    mla, x = small(rope_dim=0, kv_compressed_dim=16), torch.randn(1, 9, 32)
+    torch._dynamo.reset()
+    graphs, cache = [], mla.new_cache(1, 9)
+    compiled = torch.compile(mla, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    mla(x[:, :8], cache)
+    torch.testing.assert_close(compiled(x[:, 8:], cache), mla(x)[:, 8:], rtol=1e-5, atol=1e-5)
+    assert "attend_to_all" in graphs[0].code
+
+
+@torch.no_grad()
+def test_the_scale_of_latents_is_that_of_their_norms():
+    plain, scaled = small(), small(latent_scale=True)
+    for norm, width in ((plain.q_norm, 10), (plain.kv_norm, 12)):
+        norm.weight.mul_((32 / width) ** 0.5)
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(plain(x), scaled(x))
+
+
+def test_init_by_fan_in():
+    config = MLAConfig(256, 8, 64, 128, 16, 32, init="fan_in")
+    mla = MLA(config)
+    before = mla.q_down.weight.clone()
+    mla.init_weights()
+    assert mla.kv_up.weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
+    assert mla.q_up.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    assert torch.equal(mla.q_down.weight, before)

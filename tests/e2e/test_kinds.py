@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from mla_lm.attention import KINDS
+from mla_lm.model.size import model_size
 from mla_lm.runs.checkpoint import load_checkpoint
 from mla_lm.runs.folder import RunFolder
 from mla_lm.terminal import cli
@@ -18,7 +19,7 @@ from tests.kinds import each_kind
 def test_a_run_says_its_kind_and_cache_and_resumes_bit_equal(train, tmp_path, runs, kind):
     run = RunFolder(runs / kind)
     config, summary = run.config(), summary_of(run.path)
-    elements = config.model.layer_config().cached_elements
+    elements = model_size(config.model).cache_elements_per_token_per_layer
     assert (summary["attention"], config.model.attention.kind) == (kind, kind)
     assert summary["kv_cache_elements_per_token_per_layer"] == elements
     assert summary["kv_cache_bytes_per_token"] == elements * 2 * 4  # two layers, fp32

@@ -30,7 +30,7 @@ def to_json(config: TransformerConfig, end_of_text: int, dtype: str) -> dict[str
         dtype: dtype of the weights, float32 or bfloat16
 
     Raises:
-        UserError: no class can hold the model, such as MLA with biases or with frequencies of its own.
+        UserError: no class can hold the model, such as MLA with biases, without RoPE, or with frequencies of its own.
     """
     form, layer = form_of(config.attention.kind), config.layer_config()
     shared = {
@@ -73,6 +73,11 @@ def _rest_of_deepseek(config: TransformerConfig, layer: MLAConfig) -> dict[str, 
         raise UserError(
             "model.use_bias=true: transformers' DeepseekV3 has no bias in q_proj, q_b_proj and the feed-forward, so "
             "this model cannot be written as one"
+        )
+    if layer.rope_dim == 0:
+        raise UserError(
+            "model.attention.rope_dim=0: transformers' DeepseekV3 cannot have heads without a rotated part, so this "
+            "model cannot be written as one"
         )
     if layer.rope_frequencies is not None:
         raise UserError(

@@ -43,6 +43,8 @@ def to_transformers(model: Transformer) -> dict[str, Tensor]:
     layer = config.layer_config()
     if isinstance(layer, MLAConfig) and not layer.latent_norm:
         _add_idle_norms(state, layer, config.num_layers)
+    if isinstance(layer, MLAConfig) and layer.latent_scale:
+        _scale_norms(state, layer, config.num_layers)
     weights = {}
     for name, tensor in state.items():
         if (rows := _rotated_rows(name, config)) is not None:
@@ -64,6 +66,14 @@ def _add_idle_norms(state: dict[str, Tensor], layer: MLAConfig, num_layers: int)
         down[:latent] *= IDLE
         state[f"blocks.{i}.attention.kv_down.weight"] = down
         state[f"blocks.{i}.attention.kv_norm.weight"] = down.new_full((latent,), 1e-6**0.5 / IDLE)
+
+
+def _scale_norms(state: dict[str, Tensor], layer: MLAConfig, num_layers: int) -> None:
+    """Put the factors of `latent_scale` into the weights of the latents' norms, which transformers does not scale."""
+    for name, width in (("kv_norm", layer.kv_compressed_dim), ("q_norm", layer.q_compressed_dim)):
+        if width is not None:
+            for key in (f"blocks.{i}.attention.{name}.weight" for i in range(num_layers)):
+                state[key] = state[key] * (layer.d_model / width) ** 0.5
 
 
 def from_transformers(theirs: dict[str, Tensor], config: TransformerConfig, interleaved: bool) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """An exported run computes in transformers what it computes here."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from mla_lm.interop.hf.folder import export_run, import_folder
 from mla_lm.interop.hf.weights import from_transformers
 from mla_lm.runs.load import load_run
 from tests.interop.hf.models import END_OF_TEXT, MODELS, TOKENIZER, VOCABULARY, make_run, random_tokens, tensors
+from tests.kinds import preset_of
 
 
 @pytest.fixture(params=MODELS, scope="module")
@@ -102,12 +102,31 @@ def test_gradients(pair):
         close(parameter.grad, expected[name], 1e-4)
 
 
-def test_a_kind_that_transformers_cannot_hold(tmp_path, monkeypatch):
-    make_run(tmp_path / "run", AttentionConfig())
-    monkeypatch.setitem(KINDS, "mha", replace(KINDS["mha"], transformers=None))
-    with pytest.raises(UserError, match="no model class of transformers can hold"):
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.transformers is None])
+def test_a_kind_that_transformers_cannot_hold(tmp_path, kind):
+    make_run(tmp_path / "run", preset_of(f"{kind}_tiny").attention)
+    with pytest.raises(UserError, match=f"no model class of transformers can hold model.attention.kind={kind}"):
         export_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_mla_without_rope_cannot_be_written(tmp_path):
+    attention = AttentionConfig(kind="mla", kv_compressed_dim=24, rope_dim=0)
+    make_run(tmp_path / "run", attention)
+    with pytest.raises(UserError, match="rope_dim=0: transformers' DeepseekV3 cannot have"):
+        export_run(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("latent_norm", [True, False])
+@torch.no_grad()
+def test_the_scale_of_latents_goes_into_their_norms(tmp_path, latent_norm):
+    attention = AttentionConfig(
+        kind="mla", kv_compressed_dim=24, q_compressed_dim=20, rope_dim=8, latent_norm=latent_norm, latent_scale=True
+    )
+    ours, tokens = make_run(tmp_path / "run", attention), random_tokens(2, 96)
+    export_run(tmp_path / "run", tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    close(ours(tokens), theirs(tokens).logits, 1e-4)
 
 
 def test_weights_in_bf16(tmp_path):
