@@ -26,7 +26,10 @@ def further_answers(result: Result) -> list[str]:
 
 def caveats(result: Result) -> list[str]:
     """What a reader must know before believing the answer."""
-    said = [f"{row.name}: {note}" for row in result.rows for note in row.notes]
+    said = []
+    for note in dict.fromkeys(note for row in result.rows for note in row.notes):
+        names = [row.name for row in result.rows if note in row.notes]
+        said.append(f"{'Every row' if len(names) == len(result.rows) > 1 else joined(names)}: {note}.")
     few = [row.name for row in result.rows if len(row.seeds) < ENOUGH]
     if few and len(result.rows) > 1:
         which = "Every row" if len(few) == len(result.rows) else joined(few)
@@ -55,10 +58,8 @@ def _difference(row: Row, base: Row, result: Result) -> str:
     side = "below" if found.mean < 0 else "above"
     size = percent(abs(found.mean) / scale).lstrip("+")
     if found.low is None or found.high is None:
-        return (
-            f"{name}'s test loss is {size} {side} {other}'s{cache}, {over}: without a second seed there is no "
-            "interval, so this may be chance."
-        )
+        why = "its interval could not be measured" if seeds > 1 else "without a second seed there is no interval"
+        return f"{name}'s test loss is {size} {side} {other}'s{cache}, {over}: {why}, so this may be chance."
     interval = f"95% interval {percent(found.low / scale)} to {percent(found.high / scale)}"
     if found.low <= 0 <= found.high:
         return (

@@ -57,8 +57,9 @@ def differences(rows: list[Row], look: dict[str, Series]) -> Figure | None:
             said.append(f"{row.name} {percent(mean)}" + f" ({interval})" * bool(interval))
     if not points:
         return None
+    intervals = ", with 95% intervals" * any(point["interval"] for point in points)
     text = (
-        "Paired difference of the test loss to the baseline's, on the same seeds and test windows, with 95% intervals. "
+        f"Paired difference of the test loss to the baseline's, on the same seeds and test windows{intervals}. "
         f"Left of zero is better than {joined(sorted({point['baseline'] for point in points}))}: {joined(said)}."
     )
     spec = _differences(points, [look[point["name"]] for point in points])

@@ -25,7 +25,7 @@ def write_report(result: Result, folder: Path) -> Path:
     Where the runs of the result were logged with wandb, the report is logged there too.
 
     Raises:
-        UserError: the plotting library is not installed.
+        UserError: the plotting library is not installed, before anything is written; or a file cannot be written.
     """
     figures = figures_of(result)
     pictures = {}
@@ -40,9 +40,7 @@ def write_report(result: Result, folder: Path) -> Path:
         "report.html": page(result, figures),
     }
     for name, content in (pictures | {name: text.encode() for name, text in texts.items()}).items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file, content=content: file.write(content))
+        write_atomically(folder / name, lambda file, content=content: file.write(content))
     if any(logs_to_wandb(config) for config in result.configs.values()):
         from mla_lm.study.report.wandb_report import log_report  # takes a second, as wandb does
 

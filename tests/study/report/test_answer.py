@@ -45,6 +45,10 @@ def test_one_seed_may_be_chance():
     assert any("fewer than 5 seeds" in line for line in caveats(result))
 
 
+def test_a_missing_interval_is_said():
+    assert "over 5 seeds: its interval could not be measured" in answer(with_difference(-0.032, None, None))
+
+
 def test_small_differences_keep_a_digit():
     assert "0.02% below" in answer(with_difference(-0.0008, -0.0012, -0.0004))
 
@@ -81,6 +85,6 @@ def test_caveats():
     result.rows[0].figures["tokens_seen"] /= 2
     result.corpus["other"] = "prose"
     notes, lengths, corpora = caveats(result)
-    assert notes == "mla_small: 2 of 5 seeds are unfinished"
+    assert notes == "mla_small: 2 of 5 seeds are unfinished."
     assert "different numbers of tokens" in lengths
     assert "bits per byte" in corpora
