@@ -96,12 +96,10 @@ CONFIG: Spec = {
         "titleX": -36,
         "titleY": -10,
     },
-    "legend": {"disable": True},  # the page has its own, which finds room on a phone
     "text": {"color": colour("ink"), "fontSize": 12},
     "title": {"color": colour("ink"), "fontSize": 13, "fontWeight": "normal"},
 }
 PICTURE_LEGEND = {
-    "disable": False,
     "labelColor": colour("ink"),
     "labelFontSize": 12,
     "labelLimit": 0,
@@ -211,9 +209,10 @@ def vertical_line(x: float, label: str) -> list[Spec]:
 
 
 def drawable(spec: Spec) -> Spec:
-    """A specification that fills the width of the element it is drawn in."""
+    """A specification that fills the width of the element it is drawn in, and leaves the legend to the page."""
+    bare = json.loads(json.dumps(spec), object_hook=lambda part: part | {"legend": None} if "legend" in part else part)
     sizes = {"width": "container", "height": HEIGHT, "autosize": {"type": "fit-x", "contains": "padding"}}
-    return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", **sizes, **spec, "config": CONFIG}
+    return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", **sizes, **bare, "config": CONFIG}
 
 
 def svg(spec: Spec) -> str:
