@@ -41,16 +41,17 @@ def write_report(result: Result, folder: Path) -> Path:
     }
     for name, content in (pictures | {name: text.encode() for name, text in texts.items()}).items():
         write_atomically(folder / name, lambda file, content=content: file.write(content))
-    if any(logs_to_wandb(config) for config in result.configs.values()):
+    if project := wandb_project(result):
         from mla_lm.study.report.wandb_report import log_report  # takes a second, as wandb does
 
-        log_report(result, figures, folder)
+        log_report(result, folder, [folder / name for name in pictures if name.endswith(".svg")], project)
     return folder / "report.html"
 
 
-def logs_to_wandb(config: str) -> bool:
-    """Whether the run of this config.yaml was logged with `logger=wandb`."""
-    return (yaml.safe_load(config).get("logger") or {}).get("kind") == "wandb"
+def wandb_project(result: Result) -> str | None:
+    """The project of the first run that was logged with `logger=wandb`; None if no run was."""
+    loggers = [yaml.safe_load(config).get("logger") or {} for config in result.configs.values()]
+    return next((logger["project"] for logger in loggers if logger.get("kind") == "wandb"), None)
 
 
 def figures_of(result: Result) -> list[Figure]:
