@@ -27,7 +27,10 @@ def parse() -> argparse.Namespace:
         help="runs of different corpora or tokenizers too, by bits per byte alone, since perplexities do not compare",
     )
     parser.add_argument(
-        "--out", metavar="DIR", help="also write comparison.md, comparison.csv (every run) and comparison.png there"
+        "--out",
+        metavar="DIR",
+        help="also write comparison.md, comparison.csv (every run), comparison.png and the report there: report.html, "
+        "the same as .md and .csv, and figures/",
     )
     cli.add_trust(parser)
     return parser.parse_args()
@@ -53,17 +56,20 @@ def main() -> None:
 
 
 def write_files(folder: Path, comparison: Comparison, lines: list[str], across_data: bool) -> None:
-    """Write the comparison as Markdown, CSV and a plot.
+    """Write the comparison as Markdown, CSV and a plot, and the report.
 
     Args:
         lines: of the Markdown
     """
-    from mla_lm.study.plot import plot  # needs matplotlib, which the table does not
+    from mla_lm.study.plot import plot  # needs a library, which the table does not
+    from mla_lm.study.report import write_report
 
     comparison.add_curves()
+    picture = plot(comparison.result.rows, "bits_per_byte" if across_data else "loss")
     write(folder / "comparison.md", printable("\n".join(lines)).encode())
     write(folder / "comparison.csv", every_run(comparison).encode())
-    write(folder / "comparison.png", plot(comparison.result.rows, "bits_per_byte" if across_data else "loss"))
+    write(folder / "comparison.png", picture)
+    say(f"written     {write_report(comparison.result, folder)}", file=sys.stderr)
 
 
 def write(path: Path, content: bytes) -> None:

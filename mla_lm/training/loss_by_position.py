@@ -1,6 +1,5 @@
 """Loss by position in the window: how well a model uses its context, and whether a longer one serves it."""
 
-import io
 import json
 from dataclasses import replace
 
@@ -78,27 +77,21 @@ def plot(columns: dict[str, Tensor], trained_length: int | None) -> bytes:
     Args:
         trained_length: where the context ended before it was extended, marked by a vertical line
     """
-    from matplotlib.figure import Figure  # only a run that asks for a plot waits for it
-    from matplotlib.ticker import StrMethodFormatter
+    from mla_lm import charts  # only a run that asks for a plot needs its library
 
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    for (name, sums), colour, line in zip(
-        columns.items(), ("#D55E00", "#E69F00", "#0072B2"), (":", "--", "-"), strict=False
-    ):
-        parts = [(start, end, *sums[:2, start:end].sum(-1).tolist()) for start, end in ranges(sums.shape[1])]
-        points = [((start + end + 1) / 2, nats / tokens) for start, end, nats, tokens in parts if tokens]
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, linestyle=line, marker="o", markersize=4)
+    series = [
+        charts.Series(name, name, number, charts.SHAPES[number], charts.DASHES[number])
+        for number, name in enumerate(reversed(columns))  # what the run has come to is the whole line
+    ]
+    points = []
+    for name, sums in columns.items():
+        for start, end in ranges(sums.shape[1]):
+            nats, tokens = sums[:2, start:end].sum(-1).tolist()
+            if tokens:
+                points.append({"series": name, "x": (start + end + 1) / 2, "y": nats / tokens})
+    x = {"title": "tokens before the one that is predicted", "scale": {"type": "log", "base": 2}}
+    y = {"title": "validation loss (nats per token)", "scale": {"zero": False}}
+    spec = charts.lines(points, series, x, y)
     if trained_length:
-        axes.axvline(trained_length, color="0.6", linewidth=1)
-        place = {"xytext": (-4, -4), "textcoords": "offset points", "ha": "right", "va": "top"}
-        axes.annotate("trained length", (trained_length, 1), xycoords=axes.get_xaxis_transform(), **place)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set(xlabel="tokens before the one that is predicted", ylabel="validation loss (nats per token)")
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+        spec["layer"] += charts.vertical_line(trained_length, "trained length")
+    return charts.png(charts.svg(spec))

@@ -56,27 +56,36 @@ class WandbRun:
 
 def open_wandb(config: TrainConfig, run: RunFolder) -> WandbRun | None:
     """Start or resume the wandb run of a run folder; None if WANDB_MODE=disabled."""
-    mode = wandb_mode(wandb.Settings().base_url)
-    if mode == "disabled":
+    if wandb_mode() == "disabled":
         return None
     run_id = _wandb_id(run)
     write_atomically(run.wandb_id_file, lambda file: file.write(run_id.encode() + b"\n"))
-    settings = {
-        "id": run_id,
-        "resume": "allow",
-        "dir": str(run.path),
-        "project": config.logger.project,
-        "group": config.logger.group,
-        "name": config.logger.name,
-        "tags": config.tags or None,
-    }
+    return WandbRun(
+        start_wandb(
+            id=run_id,
+            resume="allow",
+            dir=str(run.path),
+            project=config.logger.project,
+            group=config.logger.group,
+            name=config.logger.name,
+            tags=config.tags or None,
+        )
+    )
+
+
+def start_wandb(**arguments: Any) -> "wandb.Run":
+    """A run of wandb, offline where the service cannot be reached.
+
+    Args:
+        arguments: of `wandb.init`, which has the mode from `wandb_mode`
+    """
     quiet = wandb.Settings(silent=True, init_timeout=WANDB_PATIENCE)
     try:
-        return WandbRun(wandb.init(mode=mode, settings=quiet, **settings))
+        return wandb.init(mode=wandb_mode(), settings=quiet, **arguments)
     except (CommError, UsageError) as error:
         print(f"wandb cannot be reached ({str(error).splitlines()[0]}): this run is logged offline")
         wandb.teardown()
-        return WandbRun(wandb.init(mode="offline", settings=quiet, **settings))
+        return wandb.init(mode="offline", settings=quiet, **arguments)
 
 
 def _wandb_id(run: RunFolder) -> str:
@@ -91,15 +100,21 @@ def in_wandb_sweep() -> bool:
     return "WANDB_SWEEP_ID" in os.environ
 
 
-def wandb_mode(host: str) -> Mode:
+def wandb_mode(host: str | None = None) -> Mode:
     """What WANDB_MODE says; otherwise online where this user has logged in to `host`, offline where not.
 
     wandb itself would ask on a terminal, and raise elsewhere.
+
+    Args:
+        host: default: the service that wandb is set to
     """
     if mode := os.environ.get("WANDB_MODE"):
         if mode not in WANDB_MODES:
             raise UserError(f"WANDB_MODE={mode} is unknown: one of {', '.join(WANDB_MODES)}")
         return WANDB_MODES[mode]
-    hosts = (host, "https://api.wandb.ai")  # where keys lie that were saved by older releases
+    hosts = (
+        host or wandb.Settings().base_url,
+        "https://api.wandb.ai",
+    )  # where keys lie that were saved by older releases
     logged_in = os.environ.get("WANDB_API_KEY") or any(requests.utils.get_netrc_auth(h) for h in hosts)
     return "online" if logged_in else "offline"

@@ -24,7 +24,7 @@ torch keeps compiled code in is empty and where an equal run has filled it.
 ROOT = Path(__file__).parents[2]
 # Packages that take long to import and that a run without a logger has no use for.
 HEAVY = (
-    "datasets", "pyarrow", "pandas", "wandb", "tensorboard", "matplotlib", "transformers", "scipy", "sklearn", "optuna",
+    "datasets", "pyarrow", "pandas", "wandb", "tensorboard", "vl_convert", "transformers", "scipy", "sklearn", "optuna",
     "requests", "aiohttp", "huggingface_hub", "lm_eval", "vllm", "torch._inductor", "torch.testing", "torchvision",
 )  # fmt: skip
 IMPORTS = "import torch, lightning"
