@@ -5,8 +5,10 @@ the study's folder is run; stopped, the same command goes on.
 """
 
 import argparse
+import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -16,14 +18,15 @@ from mla_lm.config import register_schema
 from mla_lm.errors import Interrupted, UserError
 from mla_lm.files import make_folder, write_atomically
 from mla_lm.runs.folder import RunFolder
+from mla_lm.study.compare import cells_of, remarks, shown_estimate
 from mla_lm.study.declaration import StudyConfig, declared
 from mla_lm.study.estimate import Estimate
+from mla_lm.study.findings import findings
 from mla_lm.study.jobs import Plan
-from mla_lm.study.manifest import machine_lines, notes, write_manifest
-from mla_lm.study.rows import Planner
+from mla_lm.study.manifest import machine_lines, write_manifest
+from mla_lm.study.planned_rows import Planner
 from mla_lm.study.runner import Runner
 from mla_lm.study.slots import slots_here
-from mla_lm.study.statistics import estimate
 from mla_lm.study.watch import Watch
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import say
@@ -88,7 +91,7 @@ def main() -> None:
             raise
         finally:
             write_manifest(plan)
-        say("", result_table(plan))
+        report(plan)
     raise_for_failed(plan)
 
 
@@ -104,24 +107,20 @@ def check_launcher(launcher: list[str]) -> None:
             compose("train", launcher, return_hydra_config=True)
 
 
-def result_table(plan: Plan) -> str:
-    """Each row's figures over its finished seeds, and what is to be known of them."""
-    cells, remarks = [["row", "parameters", "lr", "seeds", "val loss", "test loss"]], []
-    for row in plan.rows.values():
-        summaries = [plan.run(job).summary() for job in plan.seed_jobs(row) if plan.run(job).is_finished]
-        losses = [shown([summary[f"{split}_loss"] for summary in summaries]) for split in ("val", "test")]
-        lr = plan.lr(row)
-        figures = [f"{row.sizes.parameters:,}", "-" if lr is None else f"{lr:g}", f"{len(summaries)}", *losses]
-        cells.append([row.name, *figures])
-        remarks += [f"{row.name}: {note}" for note in notes(plan, row)]
-    return "\n".join([table(cells), "", *remarks])
-
-
-def shown(values: list[float]) -> str:
-    if not values:
-        return "-"
-    mean = estimate(values)
-    return f"{mean.mean:.4f}" + (f" ± {mean.half_width:.4f}" if mean.half_width is not None else "")
+def report(plan: Plan) -> None:
+    """Print and keep what the study has found."""
+    plan.check_runs()
+    result = findings(plan, f"python -m scripts.study {shlex.join(sys.argv[1:])}")
+    if result is None:
+        return
+    content = json.dumps(asdict(result), indent=1).encode()
+    write_atomically(plan.folder / "result.json", lambda file: file.write(content))
+    fits = [
+        f"{kind}: test loss = {fit.factor:.4g} x parameters ^ {shown_estimate(fit.exponent, '{:.4f}'.format)}"
+        for kind, fit in result.fits.items()
+    ]
+    say("", table(cells_of(result, False), left=2), "", *remarks(result, False), *fits)
+    say("", f"result      {plan.folder / 'result.json'}", f"runs        {plan.folder / 'manifest.json'}")
 
 
 def raise_for_failed(plan: Plan) -> None:

@@ -24,7 +24,7 @@ class Estimate:
 
     def total_seconds(self) -> float | None:
         """Of all that is missing, with all places at work; None where nothing is known yet."""
-        left = [job.row for job in self.plan.jobs() if self.plan.outcome(job) is None]
+        left = [job.row for job in self.plan.unfinished()]
         for row in self.plan.rows.values():
             if self.plan.lr(row) is None:
                 left += [row.name] * len(self.plan.study.seeds)

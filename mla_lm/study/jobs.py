@@ -15,7 +15,7 @@ from mla_lm.errors import UserError
 from mla_lm.runs.folder import RunFolder
 from mla_lm.runs.resume import different_keys
 from mla_lm.study.declaration import StudyConfig
-from mla_lm.study.rows import PlannedRow
+from mla_lm.study.planned_rows import PlannedRow
 from mla_lm.study.tuning import Search, search
 
 Role = Literal["tuning", "seed"]
@@ -125,8 +125,12 @@ class Plan:
         """Jobs that wait for a learning rate, as far as they can be counted: the seeds of its rows."""
         return sum(len(self.study.seeds) for row in self.rows.values() if self.lr(row) is None)
 
+    def unfinished(self) -> list[Job]:
+        """Jobs that have no outcome."""
+        return [job for job in self.jobs() if self.outcome(job) is None]
+
     def check_runs(self) -> None:
-        """Raises UserError where a run in the folder was made with other settings than the study now declares."""
+        """Raises UserError where a run in the folder was made with other settings or text than the study declares."""
         for job in self.jobs():
             run = self.run(job)
             if run.config_file.is_file():
@@ -137,6 +141,12 @@ class Plan:
                         f"{run.path} was made with another {' and '.join(other[:3])} than this study declares: declare "
                         "it as it was, or begin in another folder with --out"
                     )
+
+        if len({summary["data_fingerprint"] for _, summary in self.finished()}) > 1:
+            raise UserError(
+                f"the runs in {self.folder} have read different texts, as {self.study.corpus} has changed since the "
+                "first: begin in another folder with --out"
+            )
 
     def finished(self) -> Iterator[tuple[Job, dict]]:
         """The finished runs, with their summaries."""

@@ -8,7 +8,7 @@ from typing import Any
 from mla_lm.files import write_atomically
 from mla_lm.runs.report import finite_or_none
 from mla_lm.study.jobs import Job, Plan, as_typed
-from mla_lm.study.rows import PlannedRow
+from mla_lm.study.planned_rows import PlannedRow
 from mla_lm.study.slots import Slots
 
 
@@ -75,17 +75,23 @@ def _run(plan: Plan, job: Job) -> dict[str, Any]:
     }
 
 
+def notes_on_rate(plan: Plan, row: PlannedRow) -> list[str]:
+    """Where a row's learning rate comes from, unless it was tuned as it should be."""
+    found = plan.search(row)
+    if row.rate_of:
+        return [f"at the learning rate of {row.rate_of}"]
+    if found is None:
+        return ["at the learning rate that was declared, which was not tuned"]
+    diverged = [f"{rate:g}" for rate, loss in tried(plan, row).items() if math.isinf(loss)]
+    lines = [f"training diverged at learning rate {', '.join(diverged)}"] if diverged else []
+    if found.is_at_end:
+        lines.append(f"the best learning rate lies at an end of the {len(found.tried)} tried, which is the limit")
+    return lines
+
+
 def notes(plan: Plan, row: PlannedRow) -> list[str]:
     """What a reader of the row's figures has to know."""
-    found, lines = plan.search(row), list(row.notes)
-    if row.rate_of:
-        lines.append(f"at the learning rate of {row.rate_of}")
-    elif found is None:
-        lines.append("at the learning rate that was declared, which was not tuned")
-    elif not found.missing and found.best is None:
-        lines.append(f"diverged at every learning rate tried: {', '.join(f'{rate:g}' for rate in sorted(found.tried))}")
-    elif found.is_at_end:
-        lines.append(f"the best learning rate lies at an end of the {len(found.tried)} tried, which is the limit")
+    lines = notes_on_rate(plan, row)
     seeds = plan.seed_jobs(row)
     done = [job for job in seeds if plan.run(job).is_finished]
     if seeds and len(done) < len(seeds):

@@ -15,7 +15,7 @@ from mla_lm.hardware import (
 )
 from mla_lm.model.memory import training_memory
 from mla_lm.study.declaration import StudyConfig
-from mla_lm.study.rows import PlannedRow
+from mla_lm.study.planned_rows import PlannedRow
 
 PROCESS_BYTES = 2**30  # that a run takes besides what `training_memory` counts
 

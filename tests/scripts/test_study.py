@@ -96,14 +96,37 @@ def test_a_study_stops_and_goes_on(tmp_path, on_corpus):
     assert times == {path: path.stat().st_mtime_ns for path in times}
     assert set(statuses(tmp_path / "out").values()) == {"finished"}
     runs = [tmp_path / "out" / "runs" / name for name in runs_in(tmp_path / "out")]
-    fingerprints = {summary_of(run)["data_fingerprint"] for run in runs}
-    assert len(fingerprints) == 1
+    assert len({summary_of(run)["data_fingerprint"] for run in runs}) == 1
     assert {summary_of(run)["threads"] for run in runs} == {1}
     config = yaml.safe_load((first / "config.yaml").read_text())
     assert (config["logger"]["group"], config["tags"]) == ("smoke", ["mla_tiny", "seed"])
     assert yaml.safe_load((tmp_path / "out" / "study.yaml").read_text())["tokens"] == 51200
 
+    assert "± is half the width of the 95% interval" in result.stdout
+    check_result(json.loads((tmp_path / "out" / "result.json").read_text()), tmp_path / "out")
+
     refused(run(tmp_path, "smoke", *command, "tokens=25600"), "trainer.max_steps", "--out")
+
+
+def check_result(result: dict, folder: Path) -> None:
+    """The figures of the rows are those of their runs, and MLA is compared with MHA."""
+    mla, mha = result["rows"]
+    assert result["views"] == {"parameters": ["mla_tiny", "mha_tiny"]}
+    assert result["failed"] == []
+    losses = {row["name"]: [summary_of(Path(run))["test_loss"] for run in row["runs"]] for row in (mla, mha)}
+    for row in (mla, mha):
+        assert row["seeds"] == [1, 2]
+        assert row["estimates"]["test_loss"]["values"] == losses[row["name"]]
+        assert row["estimates"]["test_loss"]["low"] < row["estimates"]["test_loss"]["mean"]
+        assert row["figures"]["lr"] == 1e-3
+        assert len(row["position"]) == 32
+        assert row["curve"]["tokens"][-1] == 51200
+    assert mla["baseline"] == "mha_tiny"
+    pairs = [own - other for own, other in zip(losses["mla_tiny"], losses["mha_tiny"], strict=True)]
+    assert mla["difference"]["mean"] == pytest.approx(sum(pairs) / 2, abs=1e-4)
+    assert mla["difference"]["low"] < mla["difference"]["high"]
+    assert mha["difference"] is None
+    assert {Path(run).parent.parent for row in (mla, mha) for run in row["runs"]} == {folder / "runs"}
 
 
 def test_through_a_launcher_of_hydra(tmp_path, on_corpus):

@@ -12,7 +12,7 @@ from mla_lm.errors import UserError
 from mla_lm.study.declaration import declared
 from mla_lm.study.jobs import Job, Plan
 from mla_lm.study.manifest import manifest
-from mla_lm.study.rows import Planner
+from mla_lm.study.planned_rows import Planner
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -105,6 +105,16 @@ def test_runs_of_another_declaration_are_refused(tmp_path):
     for change in ("tokens=4096", "data.val_tokens=512", "data=python_stdlib"):
         with pytest.raises(UserError, match="--out"):
             plan_of(tmp_path, "tuning.learning_rates=[5e-3]", change).check_runs()
+
+
+def test_runs_of_two_corpora_are_refused(tmp_path):
+    plan = plan_of(tmp_path, "tuning.learning_rates=[5e-3]")
+    first, second, *_ = plan.jobs()
+    finish(plan, first, 1.0, data_fingerprint="one text")
+    plan.check_runs()
+    finish(plan, second, 1.0, data_fingerprint="another")
+    with pytest.raises(UserError, match="different texts"):
+        plan.check_runs()
 
 
 def test_pairs_of_two_machines_are_marked(tmp_path):

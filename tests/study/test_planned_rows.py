@@ -8,7 +8,7 @@ from mla_lm.attention import KINDS
 from mla_lm.errors import UserError
 from mla_lm.model.size import model_size
 from mla_lm.study.declaration import declared
-from mla_lm.study.rows import MATCHED, PlannedRow, Planner, matching_width
+from mla_lm.study.planned_rows import MATCHED, PlannedRow, Planner, matching_width
 from tests.conftest import ROOT
 from tests.kinds import preset_of
 

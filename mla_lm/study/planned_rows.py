@@ -44,7 +44,6 @@ class PlannedRow:
     views: list[str] = field(default_factory=list)
     baseline: str | None = None
     rate_of: str | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def flops(self) -> float:
@@ -159,7 +158,7 @@ def lasting(row: PlannedRow, tokens: int) -> PlannedRow:
     steps = max(1, round(tokens / row.config.tokens_per_step))
     config = replace(row.config, trainer=replace(row.config.trainer, max_steps=steps))
     check_without_data(config)
-    return replace(row, config=config, steps=steps, tokens=steps * config.tokens_per_step, views=[], notes=[])
+    return replace(row, config=config, steps=steps, tokens=steps * config.tokens_per_step, views=[])
 
 
 def matching_width(model: TransformerConfig, parameters: int) -> int:
