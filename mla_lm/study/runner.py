@@ -68,15 +68,15 @@ class Runner:
             Interrupted: by a signal; all processes have ended, and their runs are saved.
         """
         with self._listening():
-            while True:
-                if not self.stopped_by:
-                    self._start_some()
-                if not self.working:
-                    break
+            self._start_some()
+            while self.working:
                 time.sleep(PAUSE)
-                for one in [one for one in self.working if one.process.poll() is not None]:
+                ended = [one for one in self.working if one.process.poll() is not None]
+                for one in ended:
                     self.working.remove(one)
                     self._ended(one)
+                if ended and not self.stopped_by:
+                    self._start_some()
                 self.watch.look([job for one in self.working for job in one.jobs])
         if self.stopped_by:
             raise Interrupted(self.stopped_by)

@@ -1,5 +1,6 @@
 """Which jobs of a study are missing, by what lies in its folder."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -9,10 +10,10 @@ from hypothesis import strategies as st
 
 from mla_lm.config import with_absolute_paths
 from mla_lm.errors import UserError
-from mla_lm.study.declaration import declared
+from mla_lm.study.declaration import StudyConfig, declared
 from mla_lm.study.jobs import Job, Plan
 from mla_lm.study.manifest import manifest
-from mla_lm.study.planned_rows import Planner
+from mla_lm.study.planned_rows import PlannedRow, Planner
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -26,8 +27,13 @@ FIGURES = {
 
 
 def plan_of(folder: Path, *overrides: str) -> Plan:
+    return Plan(*planned(overrides), "smoke", folder)
+
+
+@functools.cache
+def planned(overrides: tuple[str, ...]) -> tuple[StudyConfig, list[PlannedRow]]:
     study = declared(CONF, "smoke", [*TWO_KINDS, *overrides])
-    return Plan(study, Planner(study, CONF).rows(), "smoke", folder)
+    return study, Planner(study, CONF).rows()
 
 
 def finish(plan: Plan, job: Job, loss: float, processor: str = "A", **figures) -> None:
