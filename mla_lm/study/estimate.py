@@ -43,10 +43,9 @@ class Estimate:
         """What the study takes, and what is known of it by what."""
         plan = self.plan
         jobs = plan.jobs()
-        done = sum(plan.outcome(job) is not None for job in jobs)
+        done, count = plan.progress()
         tokens = sum(plan.rows[job.row].tokens for job in jobs)
         tokens += sum(row.tokens * len(plan.study.seeds) for row in plan.rows.values() if plan.lr(row) is None)
-        count = len(jobs) + plan.still_unknown()
         more = self._more()
         growth = f"; up to {more} more where the best learning rate lies at an end of those tried" if more else ""
         lines = [f"runs        {count} of {len(plan.rows)} rows, {done} of them done{growth}"]

@@ -125,6 +125,11 @@ class Plan:
         """Jobs that wait for a learning rate, as far as they can be counted: the seeds of its rows."""
         return sum(len(self.study.seeds) for row in self.rows.values() if self.lr(row) is None)
 
+    def progress(self) -> tuple[int, int]:
+        """Runs that have an outcome, and all that are known of."""
+        jobs = self.jobs()
+        return sum(self.outcome(job) is not None for job in jobs), len(jobs) + self.still_unknown()
+
     def unfinished(self) -> list[Job]:
         """Jobs that have no outcome."""
         return [job for job in self.jobs() if self.outcome(job) is None]

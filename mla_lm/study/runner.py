@@ -105,13 +105,17 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **environment, "PYTHONUNBUFFERED": "1", "PYTHONPATH": self._import_path()},
                 process_group=0,  # Ctrl-C reaches this process alone, which then stops the others
             )
         self.working.append(Working(process, jobs, place, log, bool(self.launcher)))
         self.watch.begun(jobs)
         if self.stopped_by:  # the signal came while the process was being made
             self.working[-1].stop(signal.SIGTERM)
+
+    def _import_path(self) -> str:
+        """With the folder of train.py, where a launcher's job finds our package whatever folder it is started in."""
+        return os.pathsep.join(filter(None, [str(self.program.parent), os.environ.get("PYTHONPATH")]))
 
     def _ended(self, one: Working) -> None:
         for job in one.jobs:

@@ -38,7 +38,8 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.bars:
             self.bars.start()
-            self.total = self.bars.add_task("all runs", total=None)
+            done, known = self.plan.progress()
+            self.total = self.bars.add_task("all runs", total=known, completed=done)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,9 +79,7 @@ class Watch:
 
     def _after(self, job: Job) -> None:
         self.on_end()
-        jobs = self.plan.jobs()
-        done = sum(self.plan.outcome(one) is not None for one in jobs)
-        known = len(jobs) + self.plan.still_unknown()
+        done, known = self.plan.progress()
         if self.bars:
             if job in self.bar_of:
                 self.bars.remove_task(self.bar_of.pop(job))
