@@ -16,7 +16,11 @@ class UserError(ValueError):
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot continue because the loss is not finite. Its text says what to do; the exit status is 1."""
+    """Training cannot continue, for lack of memory or disk. Its text says what to do; the exit status is 1."""
+
+
+class Diverged(TrainingFailed):
+    """Training cannot continue because a loss, gradient or weight is not finite."""
 
 
 class Interrupted(BaseException):

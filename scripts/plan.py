@@ -4,21 +4,17 @@ The overrides are those of train.py. --batch and --context are those of the cach
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from mla_lm.config import TrainConfig, register_schema
-from mla_lm.data.config import SMALLEST_BPE, DataConfig
-from mla_lm.data.tokenizer import load_tokenizer, vocabulary_size
+from mla_lm.config import TrainConfig
 from mla_lm.errors import UserError
 from mla_lm.hardware import DTYPES, choose_accelerator, choose_precision
 from mla_lm.model.memory import TrainingMemory, training_memory
 from mla_lm.model.size import model_size, same_size_as
 from mla_lm.runs.report import human_bytes
+from mla_lm.study.compose import check_without_data, train_config
 from mla_lm.terminal import cli
 from mla_lm.terminal.tables import table
 
@@ -75,38 +71,12 @@ def composed(overrides: list[str]) -> TrainConfig:
     Raises:
         UserError and Hydra's errors: what train.py would refuse, and a vocabulary that only the data could tell.
     """
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        settings = compose("train", overrides)
-    cli.check_keys(settings, TrainConfig)
-    config: TrainConfig = OmegaConf.to_object(settings)
-    config.model.layer_config()
-    config.model.vocab_size = vocabulary(config)
+    config = train_config(CONF, overrides)
     unit = config.model.seq_len * config.world_size
     if unit > 0 and config.tokens_per_step % unit:  # a long seq_len would need it set; a plan need not insist
         config.tokens_per_step += unit - config.tokens_per_step % unit
-    replace(config, data=DataConfig()).check()
+    check_without_data(config)
     return config
-
-
-def vocabulary(config: TrainConfig) -> int:
-    """Entries of the tokenizer, as far as the configuration tells; UserError where it does not."""
-    size, tokenizer = config.model.vocab_size, config.data.tokenizer
-    if size is None:
-        tokenizer.check()
-        if tokenizer.kind == "bpe":
-            return tokenizer.vocab_size
-        if tokenizer.kind == "bytes":
-            return SMALLEST_BPE
-        if tokenizer.kind == "file":
-            return vocabulary_size(load_tokenizer(Path(tokenizer.file).expanduser()))
-        raise UserError(
-            f"how many entries data.tokenizer.kind={tokenizer.kind} has is not in the configuration: "
-            "give model.vocab_size, for example model.vocab_size=50257"
-        )
-    if size < 1:
-        raise UserError(f"model.vocab_size={size} must be at least 1")
-    return size
 
 
 def hardware(config: TrainConfig) -> tuple[str, str]:

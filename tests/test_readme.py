@@ -25,6 +25,7 @@ from mla_lm.attention import KINDS
 from mla_lm.config import TrainConfig, register_schema
 from mla_lm.keys import key_names
 from mla_lm.model.size import ModelSize, model_size
+from mla_lm.study.declaration import StudyConfig, declared
 from mla_lm.terminal import cli
 from tests.conftest import ROOT
 from tests.kinds import preset_of
@@ -41,7 +42,7 @@ PAGES = [
     )
 ]
 GROUPS = [folder.name for folder in (ROOT / "conf").iterdir() if folder.is_dir() and folder.name != "hydra"]
-KEYS = key_names(TrainConfig)
+KEYS = [*key_names(TrainConfig), *key_names(StudyConfig)]
 NOT_OURS = ("do_sample",)  # keys of other libraries
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -120,6 +121,8 @@ def check_tool(module: str, arguments: list[str]) -> None:
     values = vars(parse_of(module, arguments))
     if "overrides" in values:
         check_training(values["overrides"])
+    if module == "scripts.study":
+        declared(ROOT / "conf", values["name"], [word for word in values["settings"] if not word.startswith("hydra")])
 
 
 def parse_of(module: str, arguments: list[str]) -> Any:
@@ -244,8 +247,13 @@ def test_every_key_is_there_with_its_default():
     register_schema()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("train")
+    study = OmegaConf.structured(StudyConfig)
     for key, shown in defaults.items():
-        default = OmegaConf.select(config, key)
+        owner = study if key in key_names(StudyConfig) else config
+        if OmegaConf.is_missing(owner, key):
+            assert shown == "???", key
+            continue
+        default = OmegaConf.select(owner, key)
         default = OmegaConf.to_container(default) if OmegaConf.is_config(default) else default
         assert (float(shown) if isinstance(default, float) else yaml.safe_load(shown)) == default, key
 

@@ -133,7 +133,7 @@ class RunFolder:
         """Mark the run as unfinished in summary.json. A damaged one is deleted, as it can be made again."""
         try:
             if summary := self.summary():
-                self.write_summary({**summary, "finished": False})
+                self.write_summary({**summary, "finished": False, "diverged": False})
         except UserError as error:
             say(f"warning: {error}; it is written anew at the end", file=sys.stderr)
             self.summary_file.unlink()

@@ -82,6 +82,24 @@ class Row:
 
 
 @dataclass
+class Fit:
+    """A power law of test loss against parameters for one kind: loss = factor * parameters ** exponent.
+
+    Attributes:
+        exponent: with its 95% interval; it has no values
+        parameters, loss: points of the line
+        low, high: 95% interval of the mean loss at each point; empty with fewer than three runs
+    """
+
+    exponent: Estimate
+    factor: float
+    parameters: list[float]
+    loss: list[float]
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Result:
     """A study or a comparison.
 
@@ -90,6 +108,7 @@ class Result:
         corpus: fingerprint and description, of every corpus there is
         machine: processor, device, threads, precision, versions of Python, torch and mla_lm, git commit
         configs: config.yaml of the first run of each row
+        fits: by kind, where rows of several sizes are compared
     """
 
     title: str
@@ -100,4 +119,5 @@ class Result:
     corpus: dict[str, str] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     configs: dict[str, str] = field(default_factory=dict)
+    fits: dict[str, Fit] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)  # a line for each job that failed or has not finished

@@ -24,6 +24,7 @@ EXPLAINED = (UserError, TrainingFailed, HydraException, OmegaConfBaseException) 
 # Options of Hydra's own groups that another package brings, and what to install.
 PLUGINS = {
     "hydra/sweeper=optuna": 'hydra-optuna-sweeper==1.3.0 "sqlalchemy<2"',
+    "hydra/launcher=joblib": "hydra-joblib-launcher==1.2.0",
     "hydra/launcher=submitit_local": "hydra-submitit-launcher==1.2.0",
     "hydra/launcher=submitit_slurm": "hydra-submitit-launcher==1.2.0",
 }

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from mla_lm.errors import ADVICE, TrainingFailed, UserError
+from mla_lm.errors import ADVICE, Diverged, TrainingFailed, UserError
 from mla_lm.files import write_atomically
 from mla_lm.runs.checkpoint import load_checkpoint, put_in_front
 from mla_lm.runs.folder import RunFolder
@@ -120,7 +120,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         finally:
             self.copied.set()
         if name := _not_finite(state):
-            failure = TrainingFailed(
+            failure = Diverged(
                 f"{name} has a number that is not finite after step {state.get('global_step')}: nothing is saved.\n"
                 f"  {ADVICE}"
             )

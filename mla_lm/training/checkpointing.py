@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from mla_lm.config import TrainConfig
-from mla_lm.errors import ADVICE, TrainingFailed
+from mla_lm.errors import ADVICE, Diverged, TrainingFailed
 from mla_lm.runs.folder import RunFolder
 from mla_lm.runs.resume_point import best_of
 from mla_lm.terminal.plain_text import say
@@ -58,7 +58,7 @@ class Checkpoints(Callback):
         step, metrics = trainer.global_step, module.evaluated
         log(trainer, metrics)
         if not math.isfinite(metrics["val/loss"]):
-            raise TrainingFailed(
+            raise Diverged(
                 f"training diverged: the validation loss is {metrics['val/loss']} after step {step}; it is not saved.\n"
                 f"  {ADVICE}"
             )

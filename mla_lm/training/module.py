@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mla_lm.compiled_code import prepare_folder
 from mla_lm.config import TrainConfig
-from mla_lm.errors import ADVICE, TrainingFailed
+from mla_lm.errors import ADVICE, Diverged
 from mla_lm.inference.evaluate import metrics_of, totals_of
 from mla_lm.model.transformer import Transformer
 from mla_lm.optim.optimizer import build_optimizer
@@ -122,7 +122,7 @@ class LanguageModel(L.LightningModule):
         self.skipped += 1
         what = self._words(self.global_step, self.loss.item(), self.grad_norm.item())
         if self.skipped > MOST_SKIPPED:
-            raise TrainingFailed(
+            raise Diverged(
                 f"training diverged: {what}.\n  {MOST_SKIPPED} steps were skipped before it, which is the limit. "
                 "A smaller optimizer.lr needs a new run."
             )
@@ -138,7 +138,7 @@ class LanguageModel(L.LightningModule):
         return self.config.trainer.precision == "16-mixed"
 
     def stop_if_diverged(self) -> None:
-        """Raises TrainingFailed where a loss or gradient since the last call is no finite number.
+        """Raises Diverged where a loss or gradient since the last call is no finite number.
 
         Every weight is lost from that step on. This reads from the device.
         """
@@ -148,7 +148,7 @@ class LanguageModel(L.LightningModule):
         losses, norms = (torch.stack(values).tolist() for values in list(zip(*unread, strict=True))[1:])
         for (step, *_), loss, norm in zip(unread, losses, norms, strict=True):
             if not math.isfinite(loss) or not (math.isfinite(norm) or self._scales_the_loss):
-                raise TrainingFailed(f"training diverged: {self._words(step, loss, norm)}.\n  {ADVICE}")
+                raise Diverged(f"training diverged: {self._words(step, loss, norm)}.\n  {ADVICE}")
 
     def _words(self, step: int, loss: float, norm: float) -> str:
         """Describe a step: its loss, gradient norm, learning rate and windows."""

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from mla_lm.attention.kv_cache import CACHE_DTYPES
 from mla_lm.data.store import TokenStore
 from mla_lm.data.tokenizer import token_bytes
-from mla_lm.errors import Interrupted, TrainingFailed, UserError
+from mla_lm.errors import Diverged, Interrupted, TrainingFailed, UserError
 from mla_lm.hardware import DTYPES, is_out_of_memory
 from mla_lm.model.transformer import Transformer
 from mla_lm.runs.folder import RunFolder
@@ -137,6 +137,7 @@ class Session:
             steps=trainer.global_step,
             best=self.checkpoints.best,
             tested=tested,
+            diverged=isinstance(stop, Diverged),
             total_seconds=logger.file.seconds,
             device=self.device,
             data_fingerprint=self.store.fingerprint,

@@ -21,6 +21,7 @@ def summary(
     steps: int,
     best: dict[str, float],
     tested: dict[str, float],
+    diverged: bool,
     total_seconds: float,
     device: str,
     data_fingerprint: str,
@@ -32,9 +33,11 @@ def summary(
         steps: optimizer steps that the run has behind it
         best: `val/...` of the best validation; empty before the first
         tested: `test/...` of the best checkpoint; empty where the run did not come to its end
+        diverged: whether the run ended because its loss was not finite
     """
     return {
         "finished": bool(tested),
+        "diverged": diverged,
         **_network(config.model, size),
         "seed": config.seed,
         "steps": steps,

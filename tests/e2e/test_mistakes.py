@@ -173,6 +173,7 @@ def test_diverged(train, tmp_path):
     result = train("optimizer.lr=1e30", "optimizer.gradient_clip=0", "schedule.warmup_fraction=0", "hydra.run.dir=run")
     assert result.returncode == 1
     assert "diverged" in result.stderr
+    assert summary_of(tmp_path / "run")["diverged"] is True
     assert "optimizer.lr" in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 3
     succeeded(train("hydra.run.dir=other"))

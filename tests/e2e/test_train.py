@@ -18,6 +18,7 @@ from tests.conftest import ROOT, SMALL, call_main, refused, rows_of, succeeded, 
 
 SUMMARY = [
     "finished",
+    "diverged",
     "attention",
     "num_layers",
     "d_model",
