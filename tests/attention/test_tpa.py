@@ -66,3 +66,9 @@ def test_decoding_takes_the_factors_and_a_long_prefill_does_not():
 def test_refuses(change, message):
     with pytest.raises(UserError, match=message):
         small(**change)
+
+
+def test_factors_begin_as_xavier_draws_them():
+    tpa = small(d_model=256, num_heads=8)
+    for proj in (tpa.q_proj, tpa.k_proj, tpa.v_proj):
+        assert proj.weight.std().item() == pytest.approx((2 / sum(proj.weight.shape)) ** 0.5, rel=0.05)

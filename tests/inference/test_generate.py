@@ -61,7 +61,8 @@ def test_a_step_is_one_graph_and_not_one_for_each_length(kind, dtype, batch):
         for cache in caches:
             model.hidden_states(tokens[:, :5], cache)
         for token in tokens[:, 5:].split(1, dim=1):
-            torch.testing.assert_close(capture(token, caches[0]), model.hidden_states(token, caches[1]))
+            stepped, expected = capture(token, caches[0]), model.hidden_states(token, caches[1])
+            torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-4)  # sums in another order
     assert len(captured) == 1
     products = [node for node in captured[0].graph.nodes if node.target is torch.nn.functional.linear]
     assert bool(products) == (batch > 1)  # of a single vector, each is a sum

@@ -90,6 +90,8 @@ def test_initialisation_scales_what_writes_to_the_residual_stream(kind):
         if parameter.ndim == 1:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
             continue
+        if kind == "tpa" and name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            continue  # see test_tpa.py
         writes = name.endswith(("out_proj.weight", "down_proj.weight"))
         expected = 0.02 / (2 * 8) ** 0.5 if writes else 0.02
         assert parameter.std().item() == pytest.approx(expected, rel=0.1), name
