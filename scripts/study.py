@@ -74,7 +74,7 @@ def main() -> None:
     slots = None if launcher else slots_here(study, rows)
     time = Estimate(plan, slots)
     say(f"study       {args.name}: {study.title}", *time.lines(), *machine_lines(plan, slots), f"folder      {folder}")
-    if len(study.seeds) < 2:
+    if all(len(study.seeds_for(row.kind)) < 2 for row in rows):
         say("warning: fewer than two seeds give no interval and no answer: seeds=[1,2,3,4,5] would")
     if args.plan:
         return
@@ -120,7 +120,15 @@ def report(plan: Plan) -> None:
         for kind, fit in result.fits.items()
     ]
     say("", table(cells_of(result, False), left=2), "", *remarks(result, False), *fits)
-    say("", f"result      {plan.folder / 'result.json'}", f"runs        {plan.folder / 'manifest.json'}")
+    from mla_lm.study.report import write_report  # needs a library, which the table does not
+
+    page = write_report(result, plan.folder)
+    say(
+        "",
+        f"report      {page}",
+        f"figures     {plan.folder / 'result.json'}",
+        f"runs        {plan.folder / 'manifest.json'}",
+    )
 
 
 def raise_for_failed(plan: Plan) -> None:

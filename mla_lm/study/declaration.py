@@ -60,6 +60,8 @@ class StudyConfig:
     tokens: int | None = None  # of each run
     tokens_per_parameter: float | None = None  # instead of tokens: by the parameters of the baseline in each size
     seeds: list[int] = MISSING
+    more_seeds: list[int] = field(default_factory=list)  # besides these, for the kinds of more_seeds_of
+    more_seeds_of: list[str] = field(default_factory=list)
     tuning: TuningConfig = field(default_factory=TuningConfig)
     settings: list[str] = field(default_factory=list)  # further keys of train.py, the same for every run
     processes: int | None = None  # at once; None: one for each GPU, or as many as the CPU's cores and memory allow
@@ -76,8 +78,8 @@ class StudyConfig:
                 raise UserError(f"{name}=[] is empty: name at least one")
         for entry in [*(self.kinds or []), *self.variants]:
             _check_kind("kinds or variants", parsed(entry).name)
-        for kind in [*self.cache_of, *(self.tuning.kinds or [])]:
-            _check_kind("cache_of or tuning.kinds", kind)
+        for kind in [*self.cache_of, *self.more_seeds_of, *(self.tuning.kinds or [])]:
+            _check_kind("cache_of, more_seeds_of or tuning.kinds", kind)
         for view in self.views:
             check_choice("views", view, VIEWS)
         self._check_numbers()
@@ -89,17 +91,23 @@ class StudyConfig:
             raise UserError("a study needs tokens or tokens_per_parameter, one of them: null the other")
         if self.tokens_per_parameter is not None and not self.tokens_per_parameter > 0:
             raise UserError(f"tokens_per_parameter={self.tokens_per_parameter} must be above 0")
-        if twice := {seed for seed in self.seeds if self.seeds.count(seed) > 1}:
-            raise UserError(f"seeds={self.seeds} names {min(twice)} more than once")
+        self._check_seeds(self.seeds + self.more_seeds)
         rates = self.tuning.learning_rates
         if not rates or not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
             raise UserError(f"tuning.learning_rates={rates} must be different numbers above 0, at least one")
         check_at_least(len(rates), self.tuning, "tuning.", "most")
-        if len(rates) > 1 and self.tuning.seed in self.seeds:
+
+    def _check_seeds(self, seeds: list[int]) -> None:
+        if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
+            raise UserError(f"seeds={self.seeds} and more_seeds={self.more_seeds} name {min(twice)} more than once")
+        if len(self.tuning.learning_rates) > 1 and self.tuning.seed in seeds:
             raise UserError(
-                f"tuning.seed={self.tuning.seed} is among seeds={self.seeds}: the learning rate that suits a seed best "
+                f"tuning.seed={self.tuning.seed} is among the seeds {seeds}: the learning rate that suits a seed best "
                 "would favour it, so tune on another one"
             )
+
+    def seeds_for(self, kind: str) -> list[int]:
+        return self.seeds + (self.more_seeds if kind in self.more_seeds_of else [])
 
     def _check_baseline(self) -> None:
         if self.baseline is None:

@@ -27,7 +27,7 @@ class Estimate:
         left = [job.row for job in self.plan.unfinished()]
         for row in self.plan.rows.values():
             if self.plan.lr(row) is None:
-                left += [row.name] * len(self.plan.study.seeds)
+                left += [row.name] * len(self.plan.study.seeds_for(row.kind))
         by_row = self._seconds_per_flop()
         known = [seconds for of_row in by_row.values() for seconds in of_row]
         if not known and not self.slots:
@@ -45,7 +45,8 @@ class Estimate:
         jobs = plan.jobs()
         done, count = plan.progress()
         tokens = sum(plan.rows[job.row].tokens for job in jobs)
-        tokens += sum(row.tokens * len(plan.study.seeds) for row in plan.rows.values() if plan.lr(row) is None)
+        waiting = [row for row in plan.rows.values() if plan.lr(row) is None]
+        tokens += sum(row.tokens * len(plan.study.seeds_for(row.kind)) for row in waiting)
         more = self._more()
         growth = f"; up to {more} more where the best learning rate lies at an end of those tried" if more else ""
         lines = [f"runs        {count} of {len(plan.rows)} rows, {done} of them done{growth}"]

@@ -107,13 +107,13 @@ class Plan:
     def seed_jobs(self, row: PlannedRow) -> list[Job]:
         """None before the learning rate is known."""
         lr = self.lr(row)
-        return [] if lr is None else [Job(row.name, "seed", lr, seed) for seed in self.study.seeds]
+        return [] if lr is None else [Job(row.name, "seed", lr, seed) for seed in self.study.seeds_for(row.kind)]
 
     def jobs(self) -> list[Job]:
         """All that are known: tuning first, then seed by seed over all rows, as seeds are compared across rows."""
         tuning = [job for row in self.rows.values() for job in self.tuning_jobs(row)]
-        seeds = [job for row in self.rows.values() for job in self.seed_jobs(row)]
-        return tuning + sorted(seeds, key=lambda job: self.study.seeds.index(job.seed))
+        seeds = [(place, job) for row in self.rows.values() for place, job in enumerate(self.seed_jobs(row))]
+        return tuning + [job for _, job in sorted(seeds, key=lambda placed: placed[0])]
 
     def ready(self, running: Collection[Job] = ()) -> list[Job]:
         """Jobs that can be run now, in order."""
@@ -123,7 +123,7 @@ class Plan:
 
     def still_unknown(self) -> int:
         """Jobs that wait for a learning rate, as far as they can be counted: the seeds of its rows."""
-        return sum(len(self.study.seeds) for row in self.rows.values() if self.lr(row) is None)
+        return sum(len(self.study.seeds_for(row.kind)) for row in self.rows.values() if self.lr(row) is None)
 
     def progress(self) -> tuple[int, int]:
         """Runs that have an outcome, and all that are known of."""

@@ -96,7 +96,7 @@ def notes(plan: Plan, row: PlannedRow) -> list[str]:
     done = [job for job in seeds if plan.run(job).is_finished]
     if seeds and len(done) < len(seeds):
         lines.append(f"{len(seeds) - len(done)} of {len(seeds)} seeds are unfinished")
-    if len(plan.study.seeds) < 2:
+    if len(plan.study.seeds_for(row.kind)) < 2:
         lines.append("one seed: no interval")
     return lines + _of_machines(plan, row)
 

@@ -105,7 +105,8 @@ class Planner:
         """The overrides of an entry, and the configuration that they make."""
         preset = f"{entry.name}_{size.name}"
         if not (self.conf / "model" / f"{preset}.yaml").is_file():
-            sizes = [file.stem.partition("_")[2] for file in (self.conf / "model").glob(f"{entry.name}_*.yaml")]
+            stems = [file.stem.rpartition("_") for file in (self.conf / "model").glob("*.yaml")]
+            sizes = [size for kind, _, size in stems if kind == entry.name]
             raise UserError(f"sizes: there is no model={preset}; {entry.name} has the sizes {', '.join(sorted(sizes))}")
         overrides = [f"model={preset}", *size.overrides, *entry.overrides, *self.shared]
         return overrides, train_config(self.conf, overrides)
@@ -130,7 +131,7 @@ class Planner:
             other = of_kind.get(kind) or self._row(Entry(kind, []), size, tokens)
             row, elements = mla, _cached(other)
             if abs(_cached(mla) - elements) > MATCHED * elements:
-                latent = elements - (_cached(mla) - int(mla.config.model.attention.kv_compressed_dim or 0))
+                latent = round(elements - _cached(mla) + (mla.config.model.attention.kv_compressed_dim or 0))
                 entry = Entry("mla", [f"model.attention.kv_compressed_dim={latent}"])
                 row = self._row(entry, size, tokens, other.sizes.parameters, f"{mla.name}-cache_of_{kind}")
                 row.rate_of, row.baseline = mla.name if "mla" in of_kind else None, other.name
@@ -178,5 +179,5 @@ def matching_width(model: TransformerConfig, parameters: int) -> int:
     return MULTIPLE * round(width / MULTIPLE)
 
 
-def _cached(row: PlannedRow) -> int:
+def _cached(row: PlannedRow) -> float:
     return row.sizes.cache_elements_per_token_per_layer

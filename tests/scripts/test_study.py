@@ -18,7 +18,16 @@ from tests.conftest import ROOT, SHORT, SIZES, Result, call_main, refused, rows_
 
 RATES = "tuning.learning_rates=[1e-3]"
 TINY = (*SIZES, *(setting for setting in SHORT if not setting.startswith("trainer.max_steps=")), "tokens=1536")
-TWO_KINDS = ("kinds=[mla,mha]", "cache_of=[]", "views=[parameters]", "tuning.kinds=null", RATES, *TINY)
+TWO_KINDS = (
+    "kinds=[mla,mha]",
+    "cache_of=[]",
+    "views=[parameters]",
+    "tuning.kinds=null",
+    "seeds=[1,2]",
+    "more_seeds=[]",
+    RATES,
+    *TINY,
+)
 
 
 def run(folder: Path, *arguments: str) -> Result:
@@ -126,13 +135,14 @@ def check_result(result: dict, folder: Path) -> None:
     assert mla["difference"]["mean"] == pytest.approx(sum(pairs) / 2, abs=1e-4)
     assert mla["difference"]["low"] < mla["difference"]["high"]
     assert mha["difference"] is None
+    assert "<svg" in (folder / "report.html").read_text()
     assert {Path(run).parent.parent for row in (mla, mha) for run in row["runs"]} == {folder / "runs"}
 
 
 def test_through_a_launcher_of_hydra(tmp_path, on_corpus):
     """Tuning and seeds are multiruns of one row; a failed job of one is told apart from those that finished."""
-    one = ("kinds=[mha]", "cache_of=[]", "views=[parameters]", "tuning.kinds=[mha]", "processes=1")
-    launcher = ("hydra/launcher=submitit_local", "tuning.learning_rates=[1e-3,2e-3]", "tuning.most=2")
+    one = ("kinds=[mha]", "cache_of=[]", "views=[parameters]", "tuning.kinds=[mha]", "seeds=[1,2]", "more_seeds=[]")
+    launcher = ("hydra/launcher=submitit_local", "tuning.learning_rates=[1e-3,2e-3]", "tuning.most=2", "processes=1")
     spoiled = tmp_path / "out" / "runs" / "mha_tiny" / "lr0.002-seed1"
     spoiled.mkdir(parents=True)
     (spoiled / "tokenizer.json").write_text("of somebody else")
@@ -164,7 +174,7 @@ def test_mistakes(tmp_path, arguments, words):
 
 
 def test_one_seed_is_said_to_give_no_interval(tmp_path, on_corpus):
-    result = succeeded(run(tmp_path, "smoke", *TWO_KINDS, *on_corpus, "seeds=[1]", "--plan"))
+    result = succeeded(run(tmp_path, "smoke", *TWO_KINDS, *on_corpus, "seeds=[1]", "more_seeds=[]", "--plan"))
     assert "warning: fewer than two seeds give no interval" in result.stdout
 
 

@@ -17,7 +17,14 @@ from mla_lm.study.planned_rows import PlannedRow, Planner
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
-TWO_KINDS = ("kinds=[mla,mha]", "cache_of=[]", "views=[parameters]", "tuning.kinds=null")
+TWO_KINDS = (
+    "kinds=[mla,mha]",
+    "cache_of=[]",
+    "views=[parameters]",
+    "tuning.kinds=null",
+    "seeds=[1,2]",
+    "more_seeds=[]",
+)
 FIGURES = {
     "attention": "mla", "data_fingerprint": "", "parameters": 1, "tokens_seen": 1, "test_loss": 1.0,
     "kv_cache_bytes_per_token": 1, "val_perplexity": None, "val_bits_per_byte": None, "test_perplexity": None,
