@@ -116,5 +116,8 @@ class GLA(MLA):
         rows = c.num_heads * (c.nope_dim + c.value_dim)
         self.kv_up = LatentHeadsLinear(c.num_latent_heads, c.kv_compressed_dim, rows)  # W^UK and W^UV, eq. 3
 
+    def matched_dim(self) -> int:
+        return 0
+
 
 KIND = AttentionKind(title="Grouped Latent Attention", options=LatentHeadsOptions, layer_config=GLAConfig, layer=GLA)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents
+from mla_lm.attention.first_head import FirstHead
 from mla_lm.attention.kv_cache import LayerCache
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding
@@ -25,6 +26,18 @@ class AttentionLayer(nn.Module):
     cache_shapes: list[tuple[int, tuple[int, ...]]]
     rope: RotaryEmbedding
     out_proj: Linear
+
+    def matched_dim(self) -> int:
+        """How many numbers `set_first_head` can match and write; 0: the kind does not have it."""
+        return 0
+
+    def set_first_head(self, x: Tensor, head: FirstHead) -> None:
+        """Make the first head do what `head` says.
+
+        Args:
+            x: inputs to measure sizes on, (B, T, d_model)
+        """
+        raise NotImplementedError
 
     def attend(
         self, x: Tensor, cache: LayerCache | None, documents: Documents | None, carried: Tensor | None

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla_lm.attention import cpu_kernel
+from mla_lm.attention import cpu_kernel, mla_first_head
 from mla_lm.attention.documents import Documents, document_attention
+from mla_lm.attention.first_head import FirstHead
 from mla_lm.attention.kind import AttentionKind, TransformersForm
 from mla_lm.attention.kv_cache import LayerCache, length
 from mla_lm.attention.layer import AttentionLayer
@@ -62,6 +63,12 @@ class MLA(AttentionLayer):
             for linear in (module for up in ups for module in up.modules() if isinstance(module, Linear)):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
+    def matched_dim(self) -> int:
+        return mla_first_head.matched_dim(self.config)
+
+    def set_first_head(self, x: Tensor, head: FirstHead) -> None:
+        mla_first_head.set_first_head(self, x, head)
+
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         """Attend causally over x; with a cache, append x to it and attend over all that it holds.
 
@@ -99,7 +106,7 @@ class MLA(AttentionLayer):
         if c.q_compressed_dim is None:
             q = self.q_proj(x)
         else:
-            q = self.q_up(self._scaled(self.q_norm(self.q_down(x)), c.q_compressed_dim))
+            q = self.q_up(self.scaled(self.q_norm(self.q_down(x)), c.q_compressed_dim))
         return q.unflatten(-1, (c.num_heads, self.qk_dim))
 
     def latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,9 +117,9 @@ class MLA(AttentionLayer):
         """
         c = self.config
         latent, k_rope = self.kv_down(x).split((c.kv_compressed_dim, c.rope_dim), dim=-1)
-        return self._scaled(self.kv_norm(latent), c.latent_dim), rotate(k_rope.unsqueeze(2), cos, sin)
+        return self.scaled(self.kv_norm(latent), c.latent_dim), rotate(k_rope.unsqueeze(2), cos, sin)
 
-    def _scaled(self, latent: Tensor, width: int) -> Tensor:
+    def scaled(self, latent: Tensor, width: int) -> Tensor:
         return latent * (self.config.d_model / width) ** 0.5 if self.config.latent_scale else latent
 
     def over_entries(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:

@@ -55,13 +55,16 @@ class QKNormMLA(MLA):
         heads, parts = self.cache_shapes[0]
         self.cache_shapes = [(heads, (*parts, config.num_heads))]
 
+    def matched_dim(self) -> int:
+        return 0
+
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         """As `MLA.forward`."""
         c = self.config
         cos, sin = self.rotation(x.size(1), length(cache), documents)
         q_nope, q_rope = self.queries(x, cos, sin)
         latent, k_rope = self.kv_down(x).split((c.kv_compressed_dim, c.rope_dim), dim=-1)
-        latent, k_rope = self._scaled(self.kv_norm(latent), c.latent_dim), k_rope.unsqueeze(2)
+        latent, k_rope = self.scaled(self.kv_norm(latent), c.latent_dim), k_rope.unsqueeze(2)
         k_nope, v = self.up(latent)
         squares = k_nope.float().square().sum(-1) + k_rope.float().square().sum(-1)
         inverse_rms = (squares / self.qk_dim + EPS).rsqrt()  # eq. 1: (B, T, H)

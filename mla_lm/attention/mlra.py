@@ -65,6 +65,9 @@ class MLRA(MLA):
         rows = c.num_latent_heads * c.num_heads * (c.nope_dim + c.value_dim)
         self.kv_up = LatentHeadsLinear(c.num_latent_heads, c.kv_compressed_dim, rows)  # W^UK and W^UV, eq. 2
 
+    def matched_dim(self) -> int:
+        return 0
+
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """MLA's queries, once for each branch: (B, T, n * H, nope_dim) and (B, T, n * H, rope_dim)."""
         branches = self.config.num_latent_heads

@@ -83,7 +83,7 @@ class LanguageModel(L.LightningModule):
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0] >> 1))
         optimizer = self.optimizer
         for group in optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = self.lr * group.get("lr_share", 1.0)
         micro_batches = batch.split(self.config.micro_batch_size)
         self.loss = torch.zeros((), device=self.device)
         for i, tokens in enumerate(micro_batches, start=1):

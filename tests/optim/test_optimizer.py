@@ -220,3 +220,21 @@ def test_refused(changes, message):
     OptimizerConfig().check()
     with pytest.raises(UserError, match=message):
         OptimizerConfig(**changes).check()
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_projections_into_the_residual_stream_have_their_own_share_of_the_rate(kind):
+    model = model_of()
+    groups = build_optimizer(model, OptimizerConfig(kind=kind, residual_lr=0.1)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    slow = [names[id(p)] for group in groups if group.get("lr_share") == 0.1 for p in group["params"]]
+    assert sorted(slow) == sorted(n for n in names.values() if "out_proj" in n or "down_proj" in n)
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(names)
+    plain = build_optimizer(model, OptimizerConfig(kind=kind)).param_groups
+    assert not any("lr_share" in group for group in plain)  # a run from before there was a share resumes
+
+
+def test_a_share_of_the_rate_must_be_above_zero():
+    with pytest.raises(UserError, match="residual_lr=0 "):
+        OptimizerConfig(residual_lr=0).check()
