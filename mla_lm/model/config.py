@@ -28,7 +28,8 @@ class TransformerConfig:
     use_bias: bool = False
     norm_eps: float = 1e-6  # of the norms on the residual stream; those on MLA's latents keep 1e-6, as DeepSeek's do
     tie_embeddings: bool = True
-    induction_init: bool = False  # two heads begin as a pair that copies from the context; see induction.py
+    # a new run begins with two heads that copy from the context: training calls induction.begin_with_induction
+    induction_init: bool = False
     activation_checkpointing: bool = marked(False, INCIDENTAL)
 
     def layer_config(self) -> LayerConfig:

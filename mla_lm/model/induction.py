@@ -15,7 +15,7 @@ a direction u that is the same in all embeddings:
 Through a tied head u adds the same to all logits, so it changes no probability. The equations are numbered here.
 """
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 
@@ -23,31 +23,28 @@ from mla_lm.attention import KINDS
 from mla_lm.attention.first_head import FirstHead
 from mla_lm.errors import UserError
 from mla_lm.model.layers import Block
-
-if TYPE_CHECKING:
-    from mla_lm.model.transformer import Transformer
+from mla_lm.model.transformer import Transformer
 
 CONSTANT = 4.0  # length of u in an embedding, in lengths of the rest; less is lost as the embeddings grow
 WRITTEN = 2.2  # size of what the heads write, in sizes of the embedding
 SCORE = 16.0  # of a position whose token before is the present one; others have about 0 +- 3
-SAMPLE = (8, 64)  # sequences and tokens, to measure sizes on
+SAMPLE = (8, 64)  # sequences, and tokens of each at most, to measure sizes on
 
 
 @torch.no_grad()
-def begin_with_induction(model: "Transformer") -> None:
-    """Set the first heads of two layers.
+def begin_with_induction(model: Transformer) -> None:
+    """Set the first heads of two layers of a model whose weights are newly drawn.
 
     Raises:
-        UserError (a ValueError): the kind of attention has no such head, or the model has too few layers.
+        UserError (a ValueError): the kind of attention has no such head, or the model has too few layers or positions.
     """
     config = model.config
     kind = KINDS[config.attention.kind]
-    if config.num_layers <= kind.period:
+    if config.num_layers <= kind.period or config.seq_len < 2:
         raise UserError(
-            f"model.induction_init needs two layers with keys of their own, not num_layers={config.num_layers}"
+            "model.induction_init needs two positions, and two layers with keys of their own: not "
+            f"seq_len={config.seq_len} and num_layers={config.num_layers}"
         )
-    if model.embedding.weight.is_meta:  # sizes alone are counted there
-        return
     first, second = (cast(Block, model.blocks[index]) for index in (0, kind.period))
     n = min(first.attention.matched_dim(), (config.d_model - 1) // 3)
     if n < 1:
@@ -56,7 +53,8 @@ def begin_with_induction(model: "Transformer") -> None:
     u, P, S, C = basis.split((1, n, n, n))
     size = model.embedding.weight.square().mean().sqrt()
     model.embedding.weight += CONSTANT * size * config.d_model**0.5 * u
-    x = model.embedding(torch.randint(len(model.embedding.weight), SAMPLE))
+    sequences, tokens = SAMPLE
+    x = model.embedding(torch.randint(len(model.embedding.weight), (sequences, min(tokens, config.seq_len))))
     out = WRITTEN * size
     first.attention.set_first_head(first.attention_norm(x), FirstHead(P, out * S.mT, query=u))  # eq. 1
     x, carried = first(x)

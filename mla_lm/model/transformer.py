@@ -11,7 +11,6 @@ from mla_lm.attention.kv_cache import ModelCache
 from mla_lm.attention.linear import Linear
 from mla_lm.errors import UserError
 from mla_lm.model.config import TransformerConfig
-from mla_lm.model.induction import begin_with_induction
 from mla_lm.model.layers import Block
 from mla_lm.model.loss import linear_cross_entropy
 
@@ -36,8 +35,6 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.apply(self._init_weights)
-        if config.induction_init:
-            begin_with_induction(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw weights from N(0, 0.02^2); projections into the residual stream are scaled down by depth (GPT-2)."""

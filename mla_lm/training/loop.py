@@ -12,6 +12,7 @@ from mla_lm.data.store import TokenStore
 from mla_lm.data.tokenizer import load_tokenizer
 from mla_lm.errors import UserError
 from mla_lm.hardware import DTYPES
+from mla_lm.model.induction import begin_with_induction
 from mla_lm.model.transformer import Transformer
 from mla_lm.runs import trust
 from mla_lm.runs.checkpoint import load_checkpoint
@@ -85,7 +86,9 @@ def _open_data(config: TrainConfig, run: RunFolder, resume_point: ResumePoint | 
 
 
 def _build_net(config: TrainConfig, resume_point: ResumePoint | None) -> Transformer:
-    """Build the network; with `init_from`, load the other run's weights. UserError if they belong to another model.
+    """Build the network with its first weights; with `init_from`, those of the other run.
+
+    UserError if they belong to another model.
 
     Lightning loads those of `resume_point`.
     """
@@ -100,6 +103,8 @@ def _build_net(config: TrainConfig, resume_point: ResumePoint | None) -> Transfo
     net = Transformer(config.model)
     if weights:
         net.load_state_dict(weights)
+    elif config.model.induction_init and not resume_point:
+        begin_with_induction(net)
     return net
 
 

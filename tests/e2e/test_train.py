@@ -12,9 +12,10 @@ import mla_lm
 from mla_lm.attention.kv_cache import ModelCache
 from mla_lm.data.open_store import open_store
 from mla_lm.data.tokenizer import end_of_text_id
+from mla_lm.runs.checkpoint import load_checkpoint
 from mla_lm.terminal import cli
-from scripts import evaluate
-from tests.conftest import ROOT, SMALL, call_main, refused, rows_of, succeeded, summary_of
+from scripts import evaluate, plan
+from tests.conftest import ROOT, SHORT, SIZES, SMALL, call_main, refused, rows_of, succeeded, summary_of
 
 SUMMARY = [
     "finished",
@@ -279,6 +280,25 @@ def test_init_from(train, tmp_path):
     torch.testing.assert_close(first[0].state_dict(), second[0].state_dict(), rtol=0, atol=1e-6)
     refused(train.bare(*common, *small, "init_from=first", "model.num_layers=3"), "another model")
     refused(train.bare(*common, *small, "init_from=nowhere"), "does not exist")
+
+
+def test_a_run_that_began_as_an_induction_circuit_is_loaded_resumed_and_planned_like_any_other(train, tmp_path):
+    begun = ("model.induction_init=true", "optimizer.residual_lr=0.1")
+    succeeded(train(*begun, "hydra.run.dir=run"))
+    succeeded(train("hydra.run.dir=plain"))
+    first, plain = (load_checkpoint(tmp_path / name / "checkpoints" / "last-1.ckpt") for name in ("run", "plain"))
+    assert not torch.equal(first["state_dict"]["embedding.weight"], plain["state_dict"]["embedding.weight"])
+    model = mla_lm.load_run(tmp_path / "run")[0]
+    assert model.config.induction_init
+    whole = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    succeeded(train.bare("ckpt_path=run/checkpoints/last-1.ckpt"))
+    resumed = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    succeeded(call_main(lambda: cli.run(plan.main), ["plan", *SMALL, *train.data, *begun], tmp_path))
+    refused(
+        train.bare("model=tpa_tiny", *SIZES, *SHORT, *train.data, "model.induction_init=true"),
+        "not made for model.attention.kind=tpa",
+    )
 
 
 def test_multirun_goes_on_after_a_failure(train, runs, tmp_path):

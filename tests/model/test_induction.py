@@ -1,23 +1,31 @@
 """A model that begins as an induction circuit copies from its context before any training."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mla_lm import Transformer, UserError
 from mla_lm.attention import KINDS
+from mla_lm.model.induction import begin_with_induction
+from mla_lm.model.memory import training_memory
 from tests.kinds import config_of, model_of, preset_of
 
 COPYING = ("mla", "mla_shared", "mha", "gqa", "mqa")
 copying = pytest.mark.parametrize("kind", COPYING)
 
 
-def small(kind: str, **changes) -> Transformer:
+def small(kind: str, induction: bool = True, **attention) -> Transformer:
     torch.manual_seed(0)
     config = preset_of(f"{kind}_small")
-    for name, value in {"vocab_size": 1000, "induction_init": True, **changes}.items():
-        setattr(config, name, value)
-    return Transformer(config)
+    config.vocab_size = 1000
+    for name, value in attention.items():
+        setattr(config.attention, name, value)
+    model = Transformer(config)
+    if induction:
+        begin_with_induction(model)
+    return model
 
 
 @torch.no_grad()
@@ -32,7 +40,7 @@ def losses_on_a_text_read_twice(model: Transformer) -> tuple[float, float]:
 def test_repeated_text_is_predicted_better_from_the_start(kind):
     first, again = losses_on_a_text_read_twice(small(kind))
     assert again < first - 0.03
-    first, again = losses_on_a_text_read_twice(small(kind, induction_init=False))
+    first, again = losses_on_a_text_read_twice(small(kind, induction=False))
     assert abs(again - first) < 0.03
 
 
@@ -57,26 +65,32 @@ def first_layer(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_low_rank_queries_and_a_latent_without_norm_can_begin_so():
-    config = preset_of("mla_small")
-    config.vocab_size, config.induction_init = 1000, True
-    config.attention.q_compressed_dim, config.attention.latent_norm = 96, False
-    torch.manual_seed(0)
-    first, again = losses_on_a_text_read_twice(Transformer(config))
+    first, again = losses_on_a_text_read_twice(small("mla", q_compressed_dim=96, latent_norm=False))
     assert again < first - 0.03
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in COPYING])
 def test_kinds_without_such_heads_say_so(kind):
     with pytest.raises(UserError, match=f"not made for model.attention.kind={kind}"):
-        model_of(kind, induction_init=True, num_layers=4)
+        begin_with_induction(model_of(kind, num_layers=4))
 
 
 def test_one_layer_is_too_few():
     with pytest.raises(UserError, match=r"two layers.*num_layers=1"):
-        model_of("mla", induction_init=True, num_layers=1)
+        begin_with_induction(model_of("mla", num_layers=1))
+
+
+def test_a_context_shorter_than_the_sample_will_do():
+    begin_with_induction(model_of("mla", seq_len=2))
+    with pytest.raises(UserError, match=r"two positions.*seq_len=1 "):
+        begin_with_induction(model_of("mla", seq_len=1))
 
 
 def test_sizes_can_be_counted_without_memory():
+    config = config_of("mla", induction_init=True)
     with torch.device("meta"):
-        model = Transformer(config_of("mla", induction_init=True))
+        model = Transformer(config)
     assert model.embedding.weight.is_meta
+    assert training_memory(config, 2, torch.float32, "cpu", "muon") == training_memory(
+        replace(config, induction_init=False), 2, torch.float32, "cpu", "muon"
+    )
