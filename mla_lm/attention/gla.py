@@ -13,7 +13,7 @@ cache has MLA's bytes. The equations are numbered here.
 """
 
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,29 +34,44 @@ class LatentHeadsOptions(MLAOptions):
 
 
 @dataclass
-class GLAConfig(MLAConfig):
-    """Sizes of one GLA layer; `kv_compressed_dim` is the width of all latent heads together.
+class LatentHeadsConfig(MLAConfig):
+    """Sizes of one layer with several latents per token; `kv_compressed_dim` is the width of all of them together.
 
     Raises:
         UserError (a ValueError): the sizes are invalid or do not fit together.
     """
 
-    num_latent_heads: int = DERIVED  # 2, as in the paper's GLA-2, if it is not given
+    num_latent_heads: int = DERIVED  # if it is not given, as many as in the paper of the kind
+    of_paper: ClassVar[int]
 
     def __post_init__(self):
         super().__post_init__()
-        self.num_latent_heads = 2 if self.num_latent_heads is None else self.num_latent_heads
+        self.num_latent_heads = self.of_paper if self.num_latent_heads is None else self.num_latent_heads
         check_positive(self, "num_latent_heads")
-        for name in ("num_heads", "kv_compressed_dim"):
-            if getattr(self, name) % self.num_latent_heads:
-                raise UserError(
-                    f"{name}={getattr(self, name)} is not divisible by num_latent_heads={self.num_latent_heads}"
-                )
+        self.check_divisible("kv_compressed_dim")
+
+    def check_divisible(self, name: str) -> None:
+        """Raise UserError unless the latents can share this size equally."""
+        if getattr(self, name) % self.num_latent_heads:
+            raise UserError(
+                f"{name}={getattr(self, name)} is not divisible by num_latent_heads={self.num_latent_heads}"
+            )
 
     @property
     def latent_dim(self) -> int:
-        """Width of one latent head."""
+        """Width of one latent."""
         return self.kv_compressed_dim // self.num_latent_heads
+
+
+@dataclass
+class GLAConfig(LatentHeadsConfig):
+    """Sizes of one GLA layer."""
+
+    of_paper = 2  # GLA-2
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_divisible("num_heads")
 
 
 class LatentHeadsLinear(nn.Module):
@@ -105,19 +120,30 @@ class LatentHeadsNorm(nn.Module):
         return torch.cat([part(piece) for part, piece in zip(self.parts, pieces, strict=True)], dim=-1)
 
 
-class GLA(MLA):
-    """MLA with several latents per token, each for a group of heads."""
+class LatentHeadsMLA(MLA):
+    """MLA whose keys and values are made of several latents.
 
-    def __init__(self, config: GLAConfig):
+    Args:
+        heads: of keys and values, the first of them made of the first latent
+    """
+
+    def __init__(self, config: LatentHeadsConfig, heads: int):
         super().__init__(config)
         c = config
         if c.latent_norm:
             self.kv_norm = LatentHeadsNorm(c.num_latent_heads, c.kv_compressed_dim)
-        rows = c.num_heads * (c.nope_dim + c.value_dim)
-        self.kv_up = LatentHeadsLinear(c.num_latent_heads, c.kv_compressed_dim, rows)  # W^UK and W^UV, eq. 3
+        rows = heads * (c.nope_dim + c.value_dim)
+        self.kv_up = LatentHeadsLinear(c.num_latent_heads, c.kv_compressed_dim, rows)  # W^UK and W^UV
 
     def matched_dim(self) -> int:
         return 0
+
+
+class GLA(LatentHeadsMLA):
+    """MLA with several latents per token, each for a group of heads (eq. 3)."""
+
+    def __init__(self, config: GLAConfig):
+        super().__init__(config, config.num_heads)
 
 
 KIND = AttentionKind(title="Grouped Latent Attention", options=LatentHeadsOptions, layer_config=GLAConfig, layer=GLA)

@@ -113,19 +113,6 @@ class MHA(AttentionLayer):
         self.out_proj.weight[:, : len(head.value)] = head.out
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        """Attend causally over x; with a cache, append x to it and attend over all that it holds.
-
-        Args:
-            x: (B, T, d_model)
-            cache: a cache from `new_cache`
-            documents: attend only within each of these; not together with a cache
-
-        Returns:
-            (B, T, d_model)
-
-        Raises:
-            ValueError: there are more tokens than `seq_len`, or than the cache has room for.
-        """
         cos, sin = self.rotation(x.size(1), length(cache), documents)
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)

@@ -66,19 +66,6 @@ class GTA(AttentionLayer):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        """Attend causally over x; with a cache, append x to it and attend over all that it holds.
-
-        Args:
-            x: (B, T, d_model)
-            cache: a cache from `new_cache`
-            documents: attend only within each of these; not together with a cache
-
-        Returns:
-            (B, T, d_model)
-
-        Raises:
-            ValueError: there are more tokens than `seq_len`, or than the cache has room for.
-        """
         c, half = self.config, self.config.rotated_dim
         cos, sin = self.rotation(x.size(1), length(cache), documents)
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (c.num_heads, c.head_dim)).split((half, half), dim=-1)

@@ -13,7 +13,7 @@ from mla_lm.attention.rope import RotaryEmbedding
 
 
 class AttentionLayer(nn.Module):
-    """Causal self-attention with a cache. A kind adds its projections and `forward(x, cache, documents)`.
+    """Causal self-attention with a cache. A kind adds its projections and `forward`.
 
     Attributes:
         config: the layer's sizes, a `LayerConfig`
@@ -36,6 +36,22 @@ class AttentionLayer(nn.Module):
 
         Args:
             x: inputs to measure sizes on, (B, T, d_model)
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
+        """Attend causally over x; with a cache, append x to it and attend over all that it holds.
+
+        Args:
+            x: (B, T, d_model)
+            cache: a cache from `new_cache`
+            documents: attend only within each of these; not together with a cache
+
+        Returns:
+            (B, T, d_model)
+
+        Raises:
+            ValueError: there are more tokens than `seq_len`, or than the cache has room for.
         """
         raise NotImplementedError
 

@@ -70,19 +70,6 @@ class MLA(AttentionLayer):
         mla_first_head.set_first_head(self, x, head)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        """Attend causally over x; with a cache, append x to it and attend over all that it holds.
-
-        Args:
-            x: (B, T, d_model)
-            cache: a cache from `new_cache`
-            documents: attend only within each of these; not together with a cache
-
-        Returns:
-            (B, T, d_model)
-
-        Raises:
-            ValueError: there are more tokens than `seq_len`, or than the cache has room for.
-        """
         cos, sin = self.rotation(x.size(1), length(cache), documents)
         q_nope, q_rope = self.queries(x, cos, sin)
         latent, k_rope = self.latents(x, cos, sin)

@@ -59,7 +59,6 @@ class QKNormMLA(MLA):
         return 0
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        """As `MLA.forward`."""
         c = self.config
         cos, sin = self.rotation(x.size(1), length(cache), documents)
         q_nope, q_rope = self.queries(x, cos, sin)

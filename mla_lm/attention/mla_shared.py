@@ -39,7 +39,6 @@ class SharedMLA(MLA):
         return self.over(q_nope, q_rope, entries, cache, documents), entries
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        """As `MLA.forward`."""
         return self.attend(x, cache, documents, None)[0]
 
     def over(

@@ -17,56 +17,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mla_lm.attention.gla import LatentHeadsLinear, LatentHeadsNorm, LatentHeadsOptions
-from mla_lm.attention.kind import DERIVED, AttentionKind, check_positive
-from mla_lm.attention.mla import MLA
-from mla_lm.attention.mla_config import MLAConfig
-from mla_lm.errors import UserError
+from mla_lm.attention.gla import LatentHeadsConfig, LatentHeadsMLA, LatentHeadsOptions
+from mla_lm.attention.kind import AttentionKind
 
 
 @dataclass
-class MLRAConfig(MLAConfig):
-    """Sizes of one MLRA layer; `kv_compressed_dim` is the width of all latents together.
+class MLRAConfig(LatentHeadsConfig):
+    """Sizes of one MLRA layer."""
 
-    Raises:
-        UserError (a ValueError): the sizes are invalid or do not fit together.
-    """
-
-    num_latent_heads: int = DERIVED  # 4, as in the paper's MLRA-4, if it is not given
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.num_latent_heads = 4 if self.num_latent_heads is None else self.num_latent_heads
-        check_positive(self, "num_latent_heads")
-        if self.kv_compressed_dim % self.num_latent_heads:
-            raise UserError(
-                f"kv_compressed_dim={self.kv_compressed_dim} is not divisible by num_latent_heads="
-                f"{self.num_latent_heads}"
-            )
-
-    @property
-    def latent_dim(self) -> int:
-        """Width of one latent."""
-        return self.kv_compressed_dim // self.num_latent_heads
+    of_paper = 4  # MLRA-4
 
     @property
     def macs_per_key(self) -> int:
         return self.num_latent_heads * super().macs_per_key
 
 
-class MLRA(MLA):
-    """MLA in branches: n * num_heads heads attend, the first num_heads of them over the first latent."""
+class MLRA(LatentHeadsMLA):
+    """MLA in branches: n * num_heads heads attend, the first num_heads of them over the first latent (eq. 2)."""
 
     def __init__(self, config: MLRAConfig):
-        super().__init__(config)
-        c = config
-        if c.latent_norm:
-            self.kv_norm = LatentHeadsNorm(c.num_latent_heads, c.kv_compressed_dim)
-        rows = c.num_latent_heads * c.num_heads * (c.nope_dim + c.value_dim)
-        self.kv_up = LatentHeadsLinear(c.num_latent_heads, c.kv_compressed_dim, rows)  # W^UK and W^UV, eq. 2
-
-    def matched_dim(self) -> int:
-        return 0
+        super().__init__(config, config.num_latent_heads * config.num_heads)
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """MLA's queries, once for each branch: (B, T, n * H, nope_dim) and (B, T, n * H, rope_dim)."""

@@ -102,19 +102,6 @@ class TPA(AttentionLayer):
             nn.init.xavier_uniform_(proj.weight)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
-        """Attend causally over x; with a cache, append x to it and attend over all that it holds.
-
-        Args:
-            x: (B, T, d_model)
-            cache: a cache from `new_cache`
-            documents: attend only within each of these; not together with a cache
-
-        Returns:
-            (B, T, d_model)
-
-        Raises:
-            ValueError: there are more tokens than `seq_len`, or than the cache has room for.
-        """
         c = self.config
         cos, sin = self.rotation(x.size(1), length(cache), documents)
         q, k, v = (
