@@ -16,33 +16,13 @@ Spec = dict[str, Any]
 
 VEGA_LITE = "6.4"
 # Seven series after Okabe and Ito, darker or lighter where theirs have less than 3:1 against the page (WCAG 1.4.11).
-LIGHT = {
-    "page": "#FFFFFF",
-    "ink": "#1A1A1A",
-    "muted": "#595959",
-    "grid": "#E4E4E4",
-    **dict(
-        zip(
-            (f"series-{i}" for i in range(7)),
-            ("#00509A", "#B04400", "#007657", "#C85FA0", "#B98800", "#3597E0", "#1A1A1A"),
-            strict=True,
-        )
-    ),
-}
-DARK = {
-    "page": "#16181C",
-    "ink": "#ECECEC",
-    "muted": "#A9ADB3",
-    "grid": "#33373D",
-    **dict(
-        zip(
-            (f"series-{i}" for i in range(7)),
-            ("#4C86DE", "#EC6A3C", "#34CE93", "#D07FB0", "#FFCB50", "#A6D2FA", "#F2F2F2"),
-            strict=True,
-        )
-    ),
-}
-SERIES_COLOURS = 7
+LIGHT_SERIES = ("#00509A", "#B04400", "#007657", "#C85FA0", "#B98800", "#3597E0", "#1A1A1A")
+DARK_SERIES = ("#4C86DE", "#EC6A3C", "#34CE93", "#D07FB0", "#FFCB50", "#A6D2FA", "#F2F2F2")
+LIGHT = {"page": "#FFFFFF", "ink": "#1A1A1A", "muted": "#595959", "grid": "#E4E4E4"}
+LIGHT |= {f"series-{number}": value for number, value in enumerate(LIGHT_SERIES)}
+DARK = {"page": "#16181C", "ink": "#ECECEC", "muted": "#A9ADB3", "grid": "#33373D"}
+DARK |= {f"series-{number}": value for number, value in enumerate(DARK_SERIES)}
+SERIES_COLOURS = len(LIGHT_SERIES)
 # SVG paths in a square from -1 to 1: Vega draws the marks of a chart with them, a page those of its legend.
 SHAPES = (
     "M1,0A1,1,0,1,1,-1,0A1,1,0,1,1,1,0Z",  # circle

@@ -13,6 +13,7 @@ from mla_lm.errors import UserError
 from mla_lm.files import write_atomically
 from mla_lm.study.collect import load, runs_in
 from mla_lm.study.compare import Comparison, caption, cells_of, every_run, remarks
+from mla_lm.study.row_figures import corpora_of
 from mla_lm.terminal import cli
 from mla_lm.terminal.plain_text import printable, say
 from mla_lm.terminal.tables import markdown, table
@@ -32,14 +33,22 @@ def parse() -> argparse.Namespace:
         help="also write comparison.md, comparison.csv (every run), comparison.png and the report there: report.html, "
         "the same as .md and .csv, and figures/",
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="with --out: also measure each row's loss by position and its decoding over growing contexts, and sample "
+        "texts, for the report: minutes",
+    )
     cli.add_trust(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
+    if args.measure and not args.out:
+        raise UserError("--measure is for the report: add --out DIR, where it is to be written")
     runs = [load(folder) for folder in dict.fromkeys(folder for path in args.runs for folder in runs_in(path))]
-    different = len({run.figures["data_fingerprint"] for run in runs if not run.unfinished}) > 1
+    different = len(corpora_of(runs)) > 1
     if different and not args.across_data:
         raise UserError(
             "these runs have different corpora or tokenizers, so their perplexities do not compare: "
@@ -52,6 +61,8 @@ def main() -> None:
     below = ["", *below] if below else []
     say(*above, table(cells, left=2), *below)
     if args.out:
+        if args.measure:
+            comparison.add_measurements(args.trust)
         write_files(Path(args.out), comparison, [*above, markdown(cells, left=2), *below, ""], args.across_data)
 
 

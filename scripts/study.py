@@ -20,8 +20,8 @@ from mla_lm.files import make_folder, write_atomically
 from mla_lm.runs.folder import RunFolder
 from mla_lm.study.compare import cells_of, remarks, shown_estimate
 from mla_lm.study.declaration import StudyConfig, declared
-from mla_lm.study.estimate import Estimate
 from mla_lm.study.findings import findings
+from mla_lm.study.forecast import Forecast
 from mla_lm.study.jobs import Plan
 from mla_lm.study.manifest import machine_lines, write_manifest
 from mla_lm.study.planned_rows import Planner
@@ -55,6 +55,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("settings", metavar="key=value", nargs="*", help="of the study, or of train.py for all runs")
     parser.add_argument("--out", metavar="DIR", help="the study's folder (default: studies/NAME)")
     parser.add_argument("--plan", action="store_true", help="only say what the study would run, and how long it takes")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="also measure each row's decoding over growing contexts, and sample texts, for the report: minutes",
+    )
     return parser.parse_intermixed_args()
 
 
@@ -72,7 +77,7 @@ def main() -> None:
     plan = Plan(study, rows, args.name, folder)
     plan.check_runs()
     slots = None if launcher else slots_here(study, rows)
-    time = Estimate(plan, slots)
+    time = Forecast(plan, slots)
     say(f"study       {args.name}: {study.title}", *time.lines(), *machine_lines(plan, slots), f"folder      {folder}")
     if all(len(study.seeds_for(row.kind)) < 2 for row in rows):
         say("warning: fewer than two seeds give no interval and no answer: seeds=[1,2,3,4,5] would")
@@ -91,7 +96,7 @@ def main() -> None:
             raise
         finally:
             write_manifest(plan)
-        report(plan)
+        report(plan, args.measure)
     raise_for_failed(plan)
 
 
@@ -107,10 +112,10 @@ def check_launcher(launcher: list[str]) -> None:
             compose("train", launcher, return_hydra_config=True)
 
 
-def report(plan: Plan) -> None:
+def report(plan: Plan, measure: bool) -> None:
     """Print and keep what the study has found."""
     plan.check_runs()
-    result = findings(plan, f"python -m scripts.study {shlex.join(sys.argv[1:])}")
+    result = findings(plan, f"python -m scripts.study {shlex.join(sys.argv[1:])}", measure)
     if result is None:
         return
     content = json.dumps(asdict(result), indent=1).encode()

@@ -54,6 +54,16 @@ SMALL = (*SMALL_MLA, *SHORT)
 # Every step accumulates four micro-batches of two windows, and dropout draws random numbers.
 ACCUMULATING = ("micro_batch_tokens=64", "model.dropout=0.1", "trainer.max_steps=16")
 
+# Settings of a study, of the smallest that compares anything.
+TWO_KINDS = (
+    "kinds=[mla,mha]",
+    "cache_of=[]",
+    "views=[parameters]",
+    "tuning.kinds=null",
+    "seeds=[1,2]",
+    "more_seeds=[]",
+)
+
 # A busy machine is no failure. Most facts that hold for drawn examples fail, where they do, within a few of them.
 settings.register_profile("tests", max_examples=30, deadline=None, print_blob=True)
 settings.load_profile("tests")

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError
 from pathlib import Path
 
-import numpy as np
-
 from mla_lm.data.corpus import SPLITS, Source, as_dataset
 from mla_lm.data.hashes import content_hashes, hash_text
 from mla_lm.data.near_copies import near_copies
@@ -121,14 +119,15 @@ def _release(distribution: Distribution) -> str:
 
 def _select(paths: list[Path], held_out: Source) -> list[Path]:
     """Leave out generated files, tables, near-copies and what cannot be decoded."""
-    written = [path for path in paths if (text := decode_python(path)) and not (_is_generated(text) or _is_table(text))]
-    texts = (decode_python(path) or "" for path in written)
-    copied, repeated = near_copies(texts, (row["text"] for split in SPLITS[1:] for row in held_out.documents(split)))
+    decoded = ((path, decode_python(path)) for path in paths)
+    written = {path: text for path, text in decoded if text and not (_is_generated(text) or _is_table(text))}
+    held_out_texts = (row["text"] for split in SPLITS[1:] for row in held_out.documents(split))
+    copied, repeated = near_copies(written.values(), held_out_texts)
     say(
         f"Of {len(paths):,} Python files in packages, {len(paths) - len(written):,} are generated, tables or empty, "
         f"{copied.sum():,} share text with validation or test, and {(repeated & ~copied).sum():,} repeat others"
     )
-    return [written[number] for number in np.flatnonzero(~(copied | repeated))]
+    return [path for path, left_out in zip(written, copied | repeated, strict=True) if not left_out]
 
 
 def _is_generated(text: str) -> bool:

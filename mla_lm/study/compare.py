@@ -1,7 +1,5 @@
 """Finished runs side by side, as a `Result`, and its table; runs that differ in their seed alone become one row."""
 
-import csv
-import io
 from collections.abc import Callable
 from datetime import date
 from statistics import fmean
@@ -10,9 +8,11 @@ from typing import Any
 from mla_lm.config import differing
 from mla_lm.errors import UserError
 from mla_lm.study.collect import SIZE, Run, named_rows, same_but_for_seed, shown
-from mla_lm.study.decoding import decoding_speeds, greedy_samples
+from mla_lm.study.decoding import add_decoding
 from mla_lm.study.result import Estimate, Result, Row
 from mla_lm.study.row_figures import add_difference, add_position, corpora_of, curve_of, machine_of, row_of
+from mla_lm.terminal.plain_text import joined
+from mla_lm.terminal.tables import csv_of
 
 # what `value_of` takes, heading, format
 COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -41,7 +41,6 @@ class Comparison:
     Attributes:
         runs: all that were given, the unfinished too
         groups: the runs of each row, under its name
-        across_data: whether the runs are of several corpora or tokenizers
         result: without curves until `add_curves`
 
     Raises:
@@ -58,14 +57,12 @@ class Comparison:
         rows = {name: row_of(name, group) for name, group in self.groups.items()}
         for name, base in baselines(self.groups).items():
             add_difference(rows[name], self.groups[name], rows[base], self.groups[base], trusted)
-        corpora = corpora_of(runs)
-        self.across_data = len(corpora) > 1
         self.result = Result(
             title="Comparison of runs",
             command=command,
             date=date.today().isoformat(),
             rows=list(rows.values()),
-            corpus=corpora,
+            corpus=corpora_of(runs),
             machine=machine_of(runs),
             configs={name: group[0].folder.config_file.read_text() for name, group in self.groups.items()},
             failed=[run.unfinished.splitlines()[0] for run in runs if run.unfinished],
@@ -77,18 +74,10 @@ class Comparison:
             row.curve = curve_of(self.groups[row.name])
 
     def add_measurements(self, trusted: bool = False) -> None:
-        """Add what takes a while, for a report: the loss by position, decoding speeds and greedy samples of each row.
-
-        What of it cannot be measured, a row's notes say.
-        """
+        """Add what takes a while: the loss by position, decoding speeds and greedy samples of each row."""
         for row in self.result.rows:
-            first = self.groups[row.name][0]
-            try:
-                add_position(row, self.groups[row.name], trusted)
-                row.samples = greedy_samples(first.folder)
-            except UserError as error:
-                row.notes.append(f"no loss by position or no samples: {str(error).splitlines()[0]}")
-            row.decoding = decoding_speeds(first.config)
+            add_position(row, self.groups[row.name], trusted)
+            add_decoding(row, self.groups[row.name][0])
 
 
 def baselines(groups: dict[str, list[Run]]) -> dict[str, str]:
@@ -155,12 +144,8 @@ def value_of(key: str, row: Row, result: Result) -> Any:
 
 def in_percent(row: Row, result: Result) -> Estimate | None:
     """A row's difference in percent of its baseline's mean test loss."""
-    if row.difference is None:
-        return None
-    base = next(other for other in result.rows if other.name == row.baseline)
-    scale = 100 / base.estimates["test_loss"].mean
-    low, high = (end if end is None else end * scale for end in (row.difference.low, row.difference.high))
-    return Estimate([value * scale for value in row.difference.values], row.difference.mean * scale, low, high)
+    share = result.relative_difference(row)
+    return share and share.scaled(100)
 
 
 def caption(runs: list[Run]) -> str:
@@ -181,8 +166,7 @@ def remarks(result: Result, across_data: bool) -> list[str]:
         lines += [about_difference(base, result) for base in dict.fromkeys(row.baseline for row in result.rows) if base]
     if len({row.figures["tokens_seen"] for row in result.rows}) > 1:
         lines.append("These runs have seen different numbers of tokens, which may be all that sets them apart.")
-    for note in dict.fromkeys(note for row in result.rows for note in row.notes):
-        names = [row.name for row in result.rows if note in row.notes]
+    for note, names in result.notes().items():
         lines.append(f"{'each row' if len(names) == len(result.rows) > 1 else joined(names)}: {note}.")
     return lines + [f"left out: {line}" for line in result.failed]
 
@@ -193,11 +177,6 @@ def about_difference(base: str, result: Result) -> str:
     said = f"The difference of {names} is in test loss to {base} (nats per token), on the same seeds and windows."
     with_interval = any(row.difference and row.difference.half_width is not None for row in rows)
     return said + " Its 95% interval covers the choice of seeds and of windows." * with_interval
-
-
-def joined(names: list[str]) -> str:
-    """a, b and c."""
-    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
 
 
 def every_run(comparison: Comparison) -> str:
@@ -212,11 +191,7 @@ def every_run(comparison: Comparison) -> str:
         | (of_row(row_of_run[run.folder], comparison.result) if run.folder in row_of_run else {})
         for run in comparison.runs
     ]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_of(lines)
 
 
 def of_row(row: Row, result: Result) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from statistics import median
 import torch
 
 from mla_lm.config import TrainConfig
+from mla_lm.errors import UserError
 from mla_lm.hardware import DTYPES, choose_accelerator, inference_autocast, synchronize
 from mla_lm.inference.generate import generate
 from mla_lm.inference.streaming import Decoding as Continuing
@@ -15,13 +16,23 @@ from mla_lm.inference.streaming import in_turns
 from mla_lm.model.transformer import Transformer
 from mla_lm.runs.folder import RunFolder
 from mla_lm.runs.load import load_run
-from mla_lm.study.result import Decoding, Sample
+from mla_lm.study.collect import Run
+from mla_lm.study.result import Decoding, Row, Sample
 
 CONTEXTS = (256, 1024, 4096, 16384)  # cached tokens; beyond what small models are trained on, as there caches matter
 STEPS = 32  # that are timed
 READ = 16  # tokens that are really read into a cache
 TOKENS = 64  # of a sample
 DOCUMENT = "\n"  # the prompt of runs whose data.prompts is empty
+
+
+def add_decoding(row: Row, run: Run) -> None:
+    """Set a row's decoding speeds and greedy samples, by one of its runs; its notes say if there are no samples."""
+    try:
+        row.samples = greedy_samples(run.folder)
+    except UserError as error:
+        row.notes.append(f"no samples: {str(error).splitlines()[0]}")
+    row.decoding = decoding_speeds(run.config)
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
 import math
 from datetime import date
 
-from mla_lm.errors import UserError
 from mla_lm.study.collect import Run, load
+from mla_lm.study.decoding import add_decoding
 from mla_lm.study.jobs import Plan
 from mla_lm.study.manifest import notes_on_rate, tried
 from mla_lm.study.planned_rows import PlannedRow
@@ -13,13 +13,14 @@ from mla_lm.study.row_figures import add_difference, add_position, corpora_of, c
 from mla_lm.study.scaling import fits_of
 
 
-def findings(plan: Plan, command: str) -> Result | None:
+def findings(plan: Plan, command: str, measure: bool) -> Result | None:
     """Gather the rows that have a finished seed; None while there are none.
 
     The first time, that measures the test losses of all runs, window by window.
 
     Args:
         command: that makes the study
+        measure: whether to measure decoding speeds and greedy samples, too
 
     Raises:
         UserError: a run is damaged.
@@ -31,6 +32,8 @@ def findings(plan: Plan, command: str) -> Result | None:
         base = plan.rows[name].baseline
         if base in rows:
             add_difference(row, runs[name], rows[base], runs[base])
+        if measure:
+            add_decoding(row, runs[name][0])
     if not rows:
         return None
     views = {view: [name for name in rows if view in plan.rows[name].views] for view in plan.study.views}
@@ -60,10 +63,7 @@ def _runs(plan: Plan, planned: PlannedRow) -> list[Run]:
 def _row(plan: Plan, planned: PlannedRow, runs: list[Run]) -> Row:
     row = row_of(planned.name, runs, planned.size)
     row.curve = curve_of(runs)
-    try:
-        add_position(row, runs)
-    except UserError as error:  # the text has changed since, for example: all else is known
-        row.notes.append(f"no loss by position: {str(error).splitlines()[0]}")
+    add_position(row, runs)
     losses = tried(plan, planned)
     row.tried = {f"{rate:g}": loss for rate, loss in losses.items() if math.isfinite(loss)}
     row.notes += notes_on_rate(plan, planned)

@@ -20,6 +20,11 @@ class Estimate:
     def half_width(self) -> float | None:
         return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
+    def scaled(self, factor: float) -> "Estimate":
+        """The estimate of `factor` times the figure; the factor is above 0."""
+        low, high = (end if end is None else end * factor for end in (self.low, self.high))
+        return Estimate([value * factor for value in self.values], self.mean * factor, low, high)
+
 
 @dataclass
 class Curve:
@@ -121,3 +126,18 @@ class Result:
     configs: dict[str, str] = field(default_factory=dict)
     fits: dict[str, Fit] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)  # a line for each job that failed or has not finished
+
+    def notes(self) -> dict[str, list[str]]:
+        """Each note, with the names of the rows that have it."""
+        said: dict[str, list[str]] = {}
+        for row in self.rows:
+            for note in dict.fromkeys(row.notes):
+                said.setdefault(note, []).append(row.name)
+        return said
+
+    def relative_difference(self, row: Row) -> Estimate | None:
+        """A row's difference as a share of its baseline's mean test loss; None without one, or without the baseline."""
+        base = next((other for other in self.rows if other.name == row.baseline), None)
+        if row.difference is None or base is None:
+            return None
+        return row.difference.scaled(1 / base.estimates["test_loss"].mean)

@@ -155,10 +155,13 @@ def _over_windows(pairs: list[tuple[WindowLosses, ...]]) -> Estimate:
 def add_position(row: Row, runs: list[Run], trusted: bool = False) -> None:
     """Set a row's mean test loss at each position in the window, from losses that are read, or measured once.
 
-    Raises:
-        UserError: `window_losses` cannot measure them.
+    Its notes say if they cannot be measured.
     """
-    losses = [window_losses(run.folder, trusted) for run in counted_runs(runs)]
+    try:
+        losses = [window_losses(run.folder, trusted) for run in counted_runs(runs)]
+    except UserError as error:  # the text has changed since, for example: all else is known
+        row.notes.append(f"no loss by position: {str(error).splitlines()[0]}")
+        return
     counts = np.maximum(losses[0].position_tokens, 1)  # a test split shorter than a window reaches no further
     row.position = (sum(one.position_nats for one in losses) / len(losses) / counts).tolist()
 

@@ -61,8 +61,7 @@ class Slots:
 def slots_here(study: StudyConfig, rows: list[PlannedRow]) -> Slots:
     """One place for each GPU, else as many as the cores and the memory allow.
 
-    Small models gain little from a second thread: two runs of one thread each are 1.27 times as fast in sum as one
-    run of two threads, on two cores of an AMD EPYC.
+    Runs on a CPU get one thread each: a second thread makes a small model's run less than twice as fast.
 
     Raises:
         UserError: the device that the study asks for is not there.

@@ -6,12 +6,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_lm.study.jobs import Job, Plan
-from mla_lm.terminal.plain_text import printable
+from mla_lm.terminal.plain_text import duration, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -55,7 +54,7 @@ class Watch:
         what = "stopped     " if outcome is None else "diverged    " if math.isinf(outcome) else "finished    "
         figure = f": validation loss {outcome:.4f}" if outcome is not None and math.isfinite(outcome) else ""
         seconds = time.monotonic() - self.began.pop(job)
-        self._say(f"{what}{job}{figure}, {_time(seconds)}")
+        self._say(f"{what}{job}{figure}, {duration(seconds)}")
         self._after(job)
 
     def failed(self, job: Job, status: int, log: Path, last: list[str]) -> None:
@@ -85,7 +84,7 @@ class Watch:
                 self.bars.remove_task(self.bar_of.pop(job))
             self.bars.update(self.total, completed=done, total=known)
         left = self.seconds_left()
-        time_left = "" if left is None else f", about {_time(left)} left"
+        time_left = "" if left is None else f", about {duration(left)} left"
         self._say(f"            {done} of {known} runs done{time_left}")
 
     def _say(self, *lines: str) -> None:
@@ -109,10 +108,6 @@ def step_of(metrics: Path) -> int:
         except (ValueError, KeyError, TypeError):  # being written
             continue
     return 0
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
 
 
 def _bars() -> "Progress":

@@ -1,8 +1,11 @@
-"""Tables as text, for a terminal, a log file or a file in Markdown."""
+"""Tables as text, for a terminal, a log file, Markdown or CSV."""
 
+import csv
+import io
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mla_lm.terminal.plain_text import printable
 
@@ -33,6 +36,20 @@ def table(rows: Iterable[Sequence[str]], left: int = 1) -> str:
 def markdown(rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """The same table in Markdown, where the first row must be headings."""
     return _draw([[_one_line(cell).replace("|", r"\|") for cell in row] for row in rows], left)
+
+
+def csv_of(records: Sequence[dict[str, Any]]) -> str:
+    """Records as CSV, under the names that any of them has, in the order in which these come up."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names_of(records))
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def names_of(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Every name that any of the records has."""
+    return list(dict.fromkeys(name for record in records for name in record))
 
 
 def _one_line(cell: str) -> str:

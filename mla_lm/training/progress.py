@@ -2,7 +2,6 @@
 
 import sys
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -10,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from mla_lm.config import TrainConfig
+from mla_lm.terminal.plain_text import duration
 from mla_lm.training.callbacks import Metrics
 from mla_lm.training.module import LanguageModel
 
@@ -40,7 +40,7 @@ class LogLines(Callback):
             rate = f"{self.metrics.rates[-1]:,.0f} tokens/s  " if self.metrics.rates else ""
             print(
                 f"step {step:>{len(str(last))}}/{last}  loss {self.metrics.train_loss:.3f}  {rate}"
-                f"{timedelta(seconds=round(left))} left",
+                f"{duration(left)} left",
                 flush=True,
             )
 

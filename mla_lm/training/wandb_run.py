@@ -112,9 +112,7 @@ def wandb_mode(host: str | None = None) -> Mode:
         if mode not in WANDB_MODES:
             raise UserError(f"WANDB_MODE={mode} is unknown: one of {', '.join(WANDB_MODES)}")
         return WANDB_MODES[mode]
-    hosts = (
-        host or wandb.Settings().base_url,
-        "https://api.wandb.ai",
-    )  # where keys lie that were saved by older releases
+    older = "https://api.wandb.ai"  # where older releases saved their keys
+    hosts = (host or wandb.Settings().base_url, older)
     logged_in = os.environ.get("WANDB_API_KEY") or any(requests.utils.get_netrc_auth(h) for h in hosts)
     return "online" if logged_in else "offline"

@@ -184,6 +184,16 @@ def test_what_takes_a_while_is_measured_when_asked(runs, tmp_path):
         assert row.decoding[-1].cache_bytes == contexts[-1] * row.figures["cache_bytes_per_token"]
 
 
+def test_measure_fills_the_report(runs, tmp_path):
+    shutil.copytree(runs / "mla", tmp_path / "mla")
+    refused(run(tmp_path, "mla", "--measure"), "--out DIR")
+    for folder, more in (("plain", ()), ("measured", ("--measure",))):
+        succeeded(run(tmp_path, "mla", "--out", folder, *more))
+        assert (tmp_path / folder / "figures" / "decoding.svg").exists() == bool(more)
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "measured" / "report.csv").read_text()))
+    assert float(row["decoding"]) > 0
+
+
 def test_one_seed_of_each_kind_has_a_difference_without_an_interval(runs):
     result = succeeded(run(runs, "mla", "mha"))
     heading, *rows = cells(result.stdout)

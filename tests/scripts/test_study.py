@@ -12,22 +12,14 @@ import pytest
 import yaml
 
 from mla_lm.study.declaration import StudyConfig
+from mla_lm.study.decoding import CONTEXTS
 from mla_lm.terminal import cli
 from scripts import study
-from tests.conftest import ROOT, SHORT, SIZES, Result, call_main, refused, rows_of, succeeded, summary_of
+from tests.conftest import ROOT, SHORT, SIZES, TWO_KINDS, Result, call_main, refused, rows_of, succeeded, summary_of
 
 RATES = "tuning.learning_rates=[1e-3]"
 TINY = (*SIZES, *(setting for setting in SHORT if not setting.startswith("trainer.max_steps=")), "tokens=1536")
-TWO_KINDS = (
-    "kinds=[mla,mha]",
-    "cache_of=[]",
-    "views=[parameters]",
-    "tuning.kinds=null",
-    "seeds=[1,2]",
-    "more_seeds=[]",
-    RATES,
-    *TINY,
-)
+TINY_STUDY = (*TWO_KINDS, RATES, *TINY)
 
 
 def run(folder: Path, *arguments: str) -> Result:
@@ -50,7 +42,7 @@ def statuses(folder: Path) -> dict[str, str]:
 def test_it_says_what_it_would_run(tmp_path, on_corpus):
     command = (
         "smoke",
-        *TWO_KINDS,
+        *TINY_STUDY,
         *on_corpus,
         "tuning.learning_rates=[1e-3,2e-3,4e-3]",
         "tuning.most=5",
@@ -67,7 +59,7 @@ def test_it_says_what_it_would_run(tmp_path, on_corpus):
 
 def test_a_study_stops_and_goes_on(tmp_path, on_corpus):
     """A signal stops all runs at a step, saved; the same command goes on, and what cannot run stops no other."""
-    command = (*TWO_KINDS, *on_corpus, "tokens=51200", "log_every_n_steps=1", "processes=1", "--out", "out")
+    command = (*TINY_STUDY, *on_corpus, "tokens=51200", "log_every_n_steps=1", "processes=1", "--out", "out")
     words = [sys.executable, "-m", "scripts.study", "smoke", *command]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
@@ -100,7 +92,7 @@ def test_a_study_stops_and_goes_on(tmp_path, on_corpus):
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/*/summary.json")}
     (spoiled / "tokenizer.json").unlink()
-    result = succeeded(run(tmp_path, "smoke", *command))
+    result = succeeded(run(tmp_path, "smoke", *command, "--measure"))
     assert len(lines_of(result, "begun")) == len(lines_of(result, "finished")) == 1
     assert times == {path: path.stat().st_mtime_ns for path in times}
     assert set(statuses(tmp_path / "out").values()) == {"finished"}
@@ -129,6 +121,8 @@ def check_result(result: dict, folder: Path) -> None:
         assert row["estimates"]["test_loss"]["low"] < row["estimates"]["test_loss"]["mean"]
         assert row["figures"]["lr"] == 1e-3
         assert len(row["position"]) == 32
+        assert row["samples"]
+        assert [at["context"] for at in row["decoding"]] == list(CONTEXTS)
         assert row["curve"]["tokens"][-1] == 51200
     assert mla["baseline"] == "mha_tiny"
     pairs = [own - other for own, other in zip(losses["mla_tiny"], losses["mha_tiny"], strict=True)]
@@ -174,7 +168,7 @@ def test_mistakes(tmp_path, arguments, words):
 
 
 def test_one_seed_is_said_to_give_no_interval(tmp_path, on_corpus):
-    result = succeeded(run(tmp_path, "smoke", *TWO_KINDS, *on_corpus, "seeds=[1]", "more_seeds=[]", "--plan"))
+    result = succeeded(run(tmp_path, "smoke", *TINY_STUDY, *on_corpus, "seeds=[1]", "more_seeds=[]", "--plan"))
     assert "warning: fewer than two seeds give no interval" in result.stdout
 
 

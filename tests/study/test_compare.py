@@ -8,9 +8,10 @@ from mla_lm.config import TrainConfig
 from mla_lm.model.config import AttentionConfig, TransformerConfig
 from mla_lm.runs.folder import RunFolder
 from mla_lm.study.collect import Run
-from mla_lm.study.compare import baselines, cells_of, in_percent, joined, remarks
+from mla_lm.study.compare import baselines, cells_of, in_percent, remarks
 from mla_lm.study.result import Estimate, Result, Row
 from mla_lm.study.statistics import estimate
+from mla_lm.terminal.plain_text import joined
 
 
 def a_run(kind: str, val_loss: float = 3.0, tokens: int = 1000, text: str = "text", **sizes) -> list[Run]:

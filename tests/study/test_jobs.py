@@ -14,17 +14,9 @@ from mla_lm.study.declaration import StudyConfig, declared
 from mla_lm.study.jobs import Job, Plan
 from mla_lm.study.manifest import manifest
 from mla_lm.study.planned_rows import PlannedRow, Planner
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TWO_KINDS
 
 CONF = ROOT / "conf"
-TWO_KINDS = (
-    "kinds=[mla,mha]",
-    "cache_of=[]",
-    "views=[parameters]",
-    "tuning.kinds=null",
-    "seeds=[1,2]",
-    "more_seeds=[]",
-)
 FIGURES = {
     "attention": "mla", "data_fingerprint": "", "parameters": 1, "tokens_seen": 1, "test_loss": 1.0,
     "kv_cache_bytes_per_token": 1, "val_perplexity": None, "val_bits_per_byte": None, "test_perplexity": None,

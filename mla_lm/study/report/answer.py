@@ -27,8 +27,7 @@ def further_answers(result: Result) -> list[str]:
 def caveats(result: Result) -> list[str]:
     """What a reader must know before believing the answer."""
     said = []
-    for note in dict.fromkeys(note for row in result.rows for note in row.notes):
-        names = [row.name for row in result.rows if note in row.notes]
+    for note, names in result.notes().items():
         said.append(f"{'Every row' if len(names) == len(result.rows) > 1 else joined(names)}: {note}.")
     few = [row.name for row in result.rows if len(row.seeds) < ENOUGH]
     if few and len(result.rows) > 1:
@@ -49,22 +48,22 @@ def _paired(result: Result) -> list[tuple[Row, Row]]:
 
 
 def _difference(row: Row, base: Row, result: Result) -> str:
-    found, scale = row.difference, base.estimates["test_loss"].mean
+    found = result.relative_difference(row)
     assert found  # by _paired
     name, other = spoken(row, result.rows), spoken(base, result.rows)
     seeds = len(set(row.seeds) & set(base.seeds))
     over = f"over {seeds} seeds" if seeds != 1 else "with one seed"
     cache = _cache(row, base)
     side = "below" if found.mean < 0 else "above"
-    size = percent(abs(found.mean) / scale).lstrip("+")
+    size = percent(abs(found.mean)).lstrip("+")
     if found.low is None or found.high is None:
         why = "its interval could not be measured" if seeds > 1 else "without a second seed there is no interval"
         return f"{name}'s test loss is {size} {side} {other}'s{cache}, {over}: {why}, so this may be chance."
-    interval = f"95% interval {percent(found.low / scale)} to {percent(found.high / scale)}"
+    interval = f"95% interval {percent(found.low)} to {percent(found.high)}"
     if found.low <= 0 <= found.high:
         return (
             f"{name}'s test loss cannot be told apart from {other}'s{cache}: the difference is "
-            f"{percent(found.mean / scale)} ({interval}), {over}."
+            f"{percent(found.mean)} ({interval}), {over}."
         )
     return f"{name}'s test loss is {size} {side} {other}'s ({interval}){cache}, {over}."
 

@@ -1,6 +1,7 @@
 """Numbers as the report writes them."""
 
 from mla_lm.study.result import Estimate, Result, Row
+from mla_lm.terminal import plain_text
 
 MANY = 8  # items of a list in a sentence
 MINUS = "\N{MINUS SIGN}"
@@ -37,9 +38,8 @@ def tokens(count: float) -> str:
 
 def joined(items: list[str]) -> str:
     """a, b and c; of many only the first."""
-    if len(items) > MANY:
-        return f"{', '.join(items[:MANY])} and {len(items) - MANY} more"
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    more = len(items) - MANY
+    return plain_text.joined(items if more <= 0 else [*items[:MANY], f"{more} more"])
 
 
 def spoken(row: Row, rows: list[Row]) -> str:

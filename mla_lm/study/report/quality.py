@@ -6,7 +6,7 @@ from mla_lm.charts import Series, Spec, colour, encoded, lines
 from mla_lm.inference.evaluate import ranges
 from mla_lm.study.report.figures import Figure, tooltip
 from mla_lm.study.report.numbers import MEASURES, joined, percent, spread
-from mla_lm.study.result import Curve, Estimate, Row
+from mla_lm.study.result import Curve, Result, Row
 
 ACROSS = {  # x axis of the curves: title and format
     "tokens": ("tokens seen", "~s"),
@@ -44,16 +44,15 @@ def _curves_over(across: str, drawn: list[tuple[Row, Curve]], look: dict[str, Se
     return lines(points, [look[row.name] for row, _ in drawn], x, y, fields)
 
 
-def differences(rows: list[Row], look: dict[str, Series]) -> Figure | None:
+def differences(result: Result, look: dict[str, Series]) -> Figure | None:
     """The paired difference of each row's test loss to its baseline's, in percent of that."""
-    by_name, points, said = {row.name: row for row in rows}, [], []
-    for row in rows:
-        base = by_name.get(row.baseline or "")
-        if row.difference and base:
-            mean, low, high = shares(row.difference, base.estimates["test_loss"].mean)
+    points, said = [], []
+    for row in result.rows:
+        if share := result.relative_difference(row):
+            mean, low, high = share.mean, share.low, share.high
             interval = f"{percent(low)} to {percent(high)}" if low is not None and high is not None else ""
-            ends = {"low": low, "high": high, "interval": interval}
-            points.append({"series": look[row.name].label, "y": mean, "name": row.name, "baseline": base.name, **ends})
+            point = {"series": look[row.name].label, "name": row.name, "baseline": row.baseline}
+            points.append({**point, "y": mean, "low": low, "high": high, "interval": interval})
             said.append(f"{row.name} {percent(mean)}" + f" ({interval})" * bool(interval))
     if not points:
         return None
@@ -64,12 +63,6 @@ def differences(rows: list[Row], look: dict[str, Series]) -> Figure | None:
     )
     spec = _differences(points, [look[point["name"]] for point in points])
     return Figure("differences", "Difference to the baseline", text, {"all": spec}, key=False)
-
-
-def shares(difference: Estimate, loss: float) -> tuple[float, float | None, float | None]:
-    """Mean, low and high of a difference as shares of a loss."""
-    low, high = (None if end is None else end / loss for end in (difference.low, difference.high))
-    return difference.mean / loss, low, high
 
 
 def _differences(points: list[dict], series: list[Series]) -> Spec:

@@ -1,13 +1,12 @@
 """The table of a report: every number of every row, for the page, Markdown, CSV and wandb."""
 
-import csv
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from mla_lm.study.report.numbers import MINUS, percent, spread
 from mla_lm.study.result import Estimate, Result, Row
+from mla_lm.terminal.tables import csv_of
 
 
 @dataclass
@@ -77,10 +76,8 @@ def cell_of(column: Column, row: Row, result: Result) -> Cell:
     if not isinstance(value, Estimate):
         return Cell(column.show(value), value)
     small = spread(value, column.digits) if column.digits else ""
-    if column.name == "difference":
-        base = next(other for other in result.rows if other.name == row.baseline)
-        relative = percent(value.mean / base.estimates["test_loss"].mean)
-        small = f"{interval_of(value)} {relative} of {base.name}".strip()
+    if column.name == "difference" and (share := result.relative_difference(row)):
+        small = f"{interval_of(value)} {percent(share.mean)} of {row.baseline}".strip()
     return Cell(column.show(value.mean), value.mean, small)
 
 
@@ -119,9 +116,4 @@ def as_records(result: Result) -> list[dict[str, Any]]:
 
 def as_csv(result: Result) -> str:
     """A line for each row, with the names of `as_records`."""
-    records = as_records(result)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for record in records for name in record)))
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+    return csv_of(as_records(result))

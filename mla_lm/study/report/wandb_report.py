@@ -9,6 +9,7 @@ from mla_lm.study.report.answer import answer
 from mla_lm.study.report.table import as_records
 from mla_lm.study.result import Result
 from mla_lm.terminal.plain_text import say
+from mla_lm.terminal.tables import names_of
 from mla_lm.training.wandb_run import start_wandb, wandb_mode
 
 
@@ -23,7 +24,7 @@ def log_report(result: Result, folder: Path, pictures: list[Path], project: str)
         return
     run = start_wandb(project=project, name=result.title, job_type="report", dir=str(folder))
     records = as_records(result)
-    columns = list(dict.fromkeys(name for record in records for name in record))
+    columns = names_of(records)
     run.log(
         {
             "report": wandb.Html(str(folder / "report.html"), inject=False),

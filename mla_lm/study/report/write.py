@@ -59,7 +59,7 @@ def figures_of(result: Result) -> list[Figure]:
     rows, look, measure = result.rows, series_of(result.rows), measure_of(result)
     figures = [
         frontier(rows, look, result.views, measure),
-        differences(rows, look),
+        differences(result, look),
         curves(rows, look, measure),
         memory(rows, look),
         decoding(rows, look),

@@ -1,17 +1,17 @@
 """How many runs, tokens and hours a study takes."""
 
 from collections import defaultdict
-from datetime import timedelta
 from statistics import median
 
 from mla_lm.hardware import UTILIZATION
 from mla_lm.study.jobs import Plan
 from mla_lm.study.slots import Slots
+from mla_lm.terminal.plain_text import duration
 
 START_SECONDS = 10.0  # of a process before its run begins: imports
 
 
-class Estimate:
+class Forecast:
     """Seconds that jobs take: as long as the runs that are done took per FLOP, or by the speed of a matrix product.
 
     Args:
@@ -93,4 +93,4 @@ class Estimate:
 
 
 def hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else str(timedelta(seconds=round(seconds)))
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else duration(seconds)
