@@ -1,4 +1,4 @@
-"""Setting the weights of a layer's first head by what the head shall do; see mla_lm/model/induction.py."""
+"""Sets the weights of a layer's first head from what it reads, attends to and writes; see mla_lm/model/induction.py."""
 
 from dataclasses import dataclass
 

@@ -30,7 +30,7 @@ class LayerConfig(Protocol):
 
     @property
     def cached_elements(self) -> int:
-        """Elements that the cache of a layer which has one keeps for each token."""
+        """Elements per token in the cache of a layer; a layer that reads its predecessor's cache has none."""
         ...
 
     @property
@@ -40,7 +40,7 @@ class LayerConfig(Protocol):
 
     @property
     def macs_per_token(self) -> int:
-        """Multiply-adds of matrix products for each token besides those with weights and those of `macs_per_key`."""
+        """Multiply-adds per token that are neither products with weights nor in `macs_per_key`."""
         ...
 
     @property

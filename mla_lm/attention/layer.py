@@ -32,7 +32,7 @@ class AttentionLayer(nn.Module):
         return 0
 
     def set_first_head(self, x: Tensor, head: FirstHead) -> None:
-        """Make the first head do what `head` says.
+        """Set the first head's weights such that it does what `head` says.
 
         Args:
             x: inputs to measure sizes on, (B, T, d_model)
@@ -71,7 +71,7 @@ class AttentionLayer(nn.Module):
         return self(x, cache, documents), None
 
     def init_weights(self) -> None:
-        """Draw again those weights that do not begin as the model draws all matrices, from N(0, 0.02^2)."""
+        """Draw the weights that begin otherwise than the model's matrices do, which are N(0, 0.02^2)."""
 
     def rotation(self, tokens: int, past: int, documents: Documents | None) -> tuple[Tensor, Tensor]:
         """cos and sin of the `tokens` positions after `past` earlier ones.

@@ -9,7 +9,7 @@ t interval, of the mean over seeds and of the mean over the text, and their half
 Journal of the American Statistical Association 69, 789; known as MOVER, Zou et al. 2009, Computational Statistics and
 Data Analysis 53, 3755). Each of the two variances holds what seeds and windows do together, so the interval is slightly
 too wide rather than too narrow. Satterthwaite's degrees of freedom for the sum of the variances would give a narrower
-one, but with two or three seeds it covers the truth in 87% to 93% of draws instead of 95%.
+one, which is too narrow with two or three seeds.
 
 Neighbouring windows are often of one document, on which the same model is better, so blocks of whole documents are what
 counts as independent (clustered standard errors, arXiv 2411.00640).
