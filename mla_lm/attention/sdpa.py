@@ -8,7 +8,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from mla_lm.attention import cpu_kernel
 
-MOST_PLAIN_KEYS = 512  # in bf16 on a CPU, products and a softmax are faster than the fused kernel up to this
+QUERIES = 256  # in a block of plain attention: fewer skip more of what the mask hides, more make fewer, larger products
+MOST_PLAIN_KEYS = 1024  # in bf16 on a CPU, products and a softmax are faster than the fused kernel up to this
 LEAST_KEYS = 2048  # splitting fewer keys between two threads costs more than it gains
 
 
@@ -73,13 +74,29 @@ def stores_scores(device: str, dtype: torch.dtype, tokens: int) -> bool:
     return device == "cpu" and dtype == torch.bfloat16 and tokens <= MOST_PLAIN_KEYS
 
 
+def stored_scores(tokens: int) -> int:
+    """How many scores that path stores for each head and sequence."""
+    return sum((seen - first) * seen for first, seen in _blocks(tokens))
+
+
+def _blocks(tokens: int) -> list[tuple[int, int]]:
+    """The first query of each block, and the first one after it: the number of keys that the block sees."""
+    return [(first, min(first + QUERIES, tokens)) for first in range(0, tokens, QUERIES)]
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """`causal_attention` for T = S in bf16, with the T x T scores stored."""
+    """`causal_attention` for T = S in bf16, with scores stored: a block of queries at a time, over the keys it sees."""
     B, H, T, _ = q.shape
-    mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1).repeat(H // k.size(1), 1)
-    q, k, v = (t.flatten(0, 1) for t in (_rows(q, k), k, v))
-    weights = torch.baddbmm(mask, q, k.mT, alpha=scale).softmax(-1)  # softmax sums in fp32 internally
-    return (weights @ v).view(B, H, T, -1)
+    mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    groups = q.unflatten(1, (k.size(1), -1)).flatten(0, 1)  # (B * H_kv, H / H_kv, T, D)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    outs = []
+    for first, seen in _blocks(T):
+        rows = groups[:, :, first:seen].flatten(1, 2)
+        own = mask[first:seen, :seen].repeat(groups.size(1), 1)
+        weights = torch.baddbmm(own, rows, k[:, :seen].mT, alpha=scale).softmax(-1)  # softmax sums in fp32 internally
+        outs.append((weights @ v[:, :seen]).view(B, H, seen - first, -1))
+    return torch.cat(outs, dim=2)
 
 
 def causal_softmax(scores: Tensor) -> Tensor:
