@@ -15,7 +15,7 @@ from mla_lm.errors import UserError
 from mla_lm.keys import ADJUSTABLE, FROM_MACHINE, INCIDENTAL, RUN_PATH, check_at_least, check_choice, flatten, marked
 from mla_lm.model.config import TransformerConfig
 from mla_lm.optim.optimizer import OptimizerConfig
-from mla_lm.optim.schedule import ScheduleConfig
+from mla_lm.optim.schedule import ScheduleConfig, mean_window_length
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -141,6 +141,11 @@ class TrainConfig:
         return self.tokens_per_step // self.model.seq_len
 
     @property
+    def mean_window_length(self) -> float:
+        """Tokens of a training window, averaged over the run's steps."""
+        return mean_window_length(self.trainer.max_steps, self.model.seq_len, self.schedule)
+
+    @property
     def world_size(self) -> int:
         return self.trainer.devices * self.trainer.num_nodes
 
@@ -183,6 +188,9 @@ class TrainConfig:
             raise UserError(
                 f"model.attention.yarn.factor={factor} extends the context of a trained run: give init_from=RUN"
             )
+        short = self.schedule.short_seq_len
+        if short and short < self.model.seq_len and self.model.seq_len % short:
+            raise UserError(f"schedule.short_seq_len={short} must divide model.seq_len={self.model.seq_len}")
         unit = self.model.seq_len * self.world_size
         if self.tokens_per_step < unit or self.tokens_per_step % unit:
             raise UserError(

@@ -91,7 +91,7 @@ def hardware(config: TrainConfig) -> tuple[str, str]:
 
 
 def model_lines(config: TrainConfig) -> list[str]:
-    model, size = config.model, model_size(config.model)
+    model, size = config.model, model_size(config.model, config.mean_window_length)
     return [
         f"model       {size.attention}: {model.num_layers} layers of {model.d_model}, {model.num_heads} heads, "
         f"seq_len {model.seq_len:,}, vocabulary {model.vocab_size:,}",

@@ -51,8 +51,8 @@ SHORT = (
     "compile=false",
 )
 SMALL = (*SMALL_MLA, *SHORT)
-# Every step accumulates four micro-batches of two windows, and dropout draws random numbers.
-ACCUMULATING = ("micro_batch_tokens=64", "model.dropout=0.1", "trainer.max_steps=16")
+# Every step accumulates four micro-batches of two windows, halved in the first 8 steps; dropout draws random numbers.
+ACCUMULATING = ("micro_batch_tokens=64", "model.dropout=0.1", "schedule.short_seq_len=16", "trainer.max_steps=16")
 
 # Settings of a study, of the smallest that compares anything.
 TWO_KINDS = (

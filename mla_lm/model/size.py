@@ -19,7 +19,7 @@ class ModelSize:
     attention: str
     parameters: int
     non_embedding_parameters: int  # without the embedding table, but with an untied head
-    flops_per_token: float  # a training step at seq_len: forward, and twice that for backward; causal
+    flops_per_token: float  # a training step: forward, and twice that for backward; causal
     cache_elements_per_token_per_layer: float  # the mean over layers; a whole number where every layer has a cache
 
     def cache_bytes_per_token(self, num_layers: int, dtype: torch.dtype) -> int:
@@ -27,8 +27,11 @@ class ModelSize:
         return round(num_layers * self.cache_elements_per_token_per_layer) * dtype.itemsize
 
 
-def model_size(config: TransformerConfig) -> ModelSize:
+def model_size(config: TransformerConfig, window: float | None = None) -> ModelSize:
     """Count the parameters, FLOPs and cache elements of `Transformer(config)`.
+
+    Args:
+        window: tokens of a training window, on average over the run; None: seq_len
 
     Raises:
         UserError (a ValueError): the configuration is invalid.
@@ -38,7 +41,7 @@ def model_size(config: TransformerConfig) -> ModelSize:
     parameters = sum(p.numel() for p in model.parameters())
     matrices = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     layer = config.layer_config()
-    keys_seen = (config.seq_len + 1) / 2  # by the average query
+    keys_seen = ((window or config.seq_len) + 1) / 2  # by the average query
     attention = config.num_layers * (layer.macs_per_token + keys_seen * layer.macs_per_key)
     cached = KINDS[config.attention.kind].caches(config.num_layers) * layer.cached_elements
     return ModelSize(

@@ -74,7 +74,7 @@ def load(folder: RunFolder) -> Run:
             f"{folder.summary_file} is damaged: it is of {summary['attention']}, config.yaml of another kind"
         )
     try:
-        size = model_size(config.model)
+        size = model_size(config.model, config.mean_window_length)
     except UserError as error:  # it may be of a kind that another version has
         raise UserError(f"{folder.config_file}: {error}") from error
     return Run(folder, config, {**summary, "flops_per_token": size.flops_per_token})

@@ -120,7 +120,9 @@ class Planner:
             config.model.ff_hidden = matching_width(config.model, parameters)
             overrides.append(f"model.ff_hidden={config.model.ff_hidden}")
         name = name or f"{entry.name}_{size.label}{entry.label.removeprefix(entry.name)}"
-        row = PlannedRow(name, entry.name, size.label, overrides, config, model_size(config.model), tokens)
+        row = PlannedRow(
+            name, entry.name, size.label, overrides, config, model_size(config.model, config.mean_window_length), tokens
+        )
         return lasting(row, tokens)
 
     def _by_cache(self, size: Entry, of_kind: dict[str, PlannedRow], tokens: int) -> list[PlannedRow]:

@@ -18,7 +18,7 @@ from mla_lm.errors import ADVICE, Diverged
 from mla_lm.inference.evaluate import metrics_of, totals_of
 from mla_lm.model.transformer import Transformer
 from mla_lm.optim.optimizer import build_optimizer
-from mla_lm.optim.schedule import lr_factor
+from mla_lm.optim.schedule import lr_factor, window_length
 from mla_lm.training.datamodule import datamodule_of
 
 MOST_SKIPPED = 20  # steps of a run, with on_nonfinite=skip
@@ -29,7 +29,8 @@ class LanguageModel(L.LightningModule):
 
     A training batch is one optimizer step's share of this device, (B, seq_len + 1) ids: inputs are all but the last,
     targets all but the first. It is split into micro-batches here, so that a step of the loader, of Lightning and of
-    the optimiser are the same thing, however many devices and micro-batches share it.
+    the optimiser are the same thing, however many devices and micro-batches share it; and cut into short windows where
+    the schedule has them.
 
     Args:
         net: the network; in a checkpoint, `state_dict` has its own names
@@ -64,7 +65,7 @@ class LanguageModel(L.LightningModule):
         if stage == "fit" and self.trainer.strategy.broadcast(self.config.compile):
             prepare_folder()  # which this process has not done where it would not have compiled by itself
             torch.compiler.reset()  # or the compiler would give up after several jobs of a multirun
-            self.net.compile()
+            self.net.compile()  # a run has one shape, or two where it begins on short windows
 
     @property
     def lr(self) -> float:
@@ -85,10 +86,14 @@ class LanguageModel(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_share", 1.0)
         micro_batches = batch.split(self.config.micro_batch_size)
+        window = window_length(
+            self.global_step, self.config.trainer.max_steps, self.config.model.seq_len, self.config.schedule
+        )
         self.loss = torch.zeros((), device=self.device)
         for i, tokens in enumerate(micro_batches, start=1):
             with nullcontext() if i == len(micro_batches) else self._no_gradient_sync():
-                loss = self.net(tokens[:, :-1], tokens[:, 1:]) / len(micro_batches)
+                inputs, targets = (ids.reshape(-1, window) for ids in (tokens[:, :-1], tokens[:, 1:]))
+                loss = self.net(inputs, targets) / len(micro_batches)
                 self.manual_backward(loss)
             self.loss += loss.detach()
         step = self.global_step

@@ -65,7 +65,7 @@ def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: Sweep
     of_machine = {"trainer.accelerator": accelerator, "trainer.precision": machine.precision}
     config = changed(config, of_machine | _of_tokenizer(config, store) | _of_sweep(config, job))
     peak_flops = matmul_flops_per_second(machine.device, machine.precision) * config.world_size
-    size = model_size(config.model)
+    size = model_size(config.model, config.mean_window_length)
     flops = size.flops_per_token * config.tokens_per_step * config.trainer.max_steps
     compiled, why = choose_compile(config.compile, machine.device, flops / peak_flops, config.data.document_mask)
     reasons = [*machine.reasons, f"compile     {compiled} ({why})"]

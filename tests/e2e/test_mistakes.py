@@ -30,6 +30,8 @@ MISTAKES = [
     (["samples.max_tokens=4", "data.prompts=[" + "word" * 50 + "]"], ["data.prompts", "model.seq_len=32"]),
     (["model.vocab_size=100"], ["model.vocab_size=100"]),
     (["model.document_token=1"], ["model.document_token=1", "data.document_mask"]),
+    (["schedule.short_seq_len=10"], ["schedule.short_seq_len=10", "divide model.seq_len=32"]),
+    (["schedule.short_seq_len=0"], ["schedule.short_seq_len=0", "at least 1"]),
     (["data.document_mask=true", "compile=true"], ["compile=true", "data.document_mask"]),
     (["ckpt_path=a", "init_from=b"], ["a"]),
     (["experiment=foo"], ["experiment=foo"]),

@@ -14,6 +14,7 @@ from mla_lm.data.open_store import open_store
 from mla_lm.data.tokenizer import end_of_text_id
 from mla_lm.runs.checkpoint import load_checkpoint
 from mla_lm.terminal import cli
+from mla_lm.training.datamodule import TextDataModule
 from scripts import evaluate, plan
 from tests.conftest import ROOT, SHORT, SIZES, SMALL, call_main, refused, rows_of, succeeded, summary_of
 
@@ -217,6 +218,25 @@ def test_standard_library(train, corpus, tmp_path, monkeypatch):
 def test_variants(train, tmp_path, extra):
     succeeded(train(*extra, "trainer.max_steps=2", "hydra.run.dir=run"))
     assert summary_of(tmp_path / "run")["finished"]
+
+
+SHORT_FIRST = ("schedule.short_seq_len=8", "schedule.short_fraction=0.5", "model.dropout=0", "trainer.max_steps=6")
+
+
+@torch.no_grad()
+def test_training_begins_on_short_windows(train, tmp_path):
+    """The same tokens in the same order, cut so that attention sees no further than its piece."""
+    succeeded(train(*SHORT_FIRST, "optimizer.lr=1e-9", "hydra.run.dir=run"))  # the weights stay as they are
+    model, _, config = mla_lm.load_run(tmp_path / "run")
+    data = TextDataModule(config, open_store(config.data))
+    logged = [row["train/loss"] for row in rows_of(tmp_path / "run") if "train/loss" in row]
+    for step, loss in enumerate(logged):
+        batch = torch.stack([data.train_windows[i] for i in data.order().of_step(step, config.sequences_per_step)])
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        cut = model(inputs.reshape(-1, 8), targets.reshape(-1, 8)).item()
+        whole = model(inputs, targets).item()
+        assert abs(cut - whole) > 1e-4
+        assert loss == pytest.approx(cut if step < 3 else whole, abs=2e-6)
 
 
 def test_document_mask(train, tmp_path, corpus):

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mla_lm import UserError
-from mla_lm.optim.schedule import ScheduleConfig, lr_factor
+from mla_lm.optim.schedule import ScheduleConfig, lr_factor, mean_window_length, window_length
 
 fractions = st.floats(0, 1)
 
@@ -74,3 +74,14 @@ def test_cosine_is_half_way_in_the_middle():
 def test_refused(config, message):
     with pytest.raises(UserError, match=message):
         config.check()
+
+
+@given(fractions, st.integers(1, 300), st.sampled_from([None, 1, 4, 16, 64]))
+def test_windows_are_short_first_and_never_longer_than_the_context(share, max_steps, short):
+    config = ScheduleConfig(short_seq_len=short, short_fraction=share)
+    lengths = [window_length(step, max_steps, 16, config) for step in range(max_steps)]
+    assert lengths == sorted(lengths)
+    assert set(lengths) <= {min(short or 16, 16), 16}
+    assert mean_window_length(max_steps, 16, config) == pytest.approx(sum(lengths) / max_steps)
+    if short in (1, 4):
+        assert lengths.count(short) == round(share * max_steps)
