@@ -190,7 +190,9 @@ class TrainConfig:
             )
         short = self.schedule.short_seq_len
         if short and short < self.model.seq_len and self.model.seq_len % short:
-            raise UserError(f"schedule.short_seq_len={short} must divide model.seq_len={self.model.seq_len}")
+            raise UserError(
+                f"schedule.short_seq_len={short} must divide model.seq_len={self.model.seq_len}, or be null"
+            )
         unit = self.model.seq_len * self.world_size
         if self.tokens_per_step < unit or self.tokens_per_step % unit:
             raise UserError(

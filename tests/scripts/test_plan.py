@@ -52,8 +52,8 @@ def test_the_examples_of_the_help():
 
 
 def test_a_sequence_longer_than_a_step_has_tokens():
-    output = succeeded(call("model=mla_tiny", "model.seq_len=5000")).stdout
-    assert "5,000 tokens a step, 1 x 5,000 tokens at once" in output
+    output = succeeded(call("model=mla_tiny", "model.seq_len=5120")).stdout
+    assert "5,120 tokens a step, 1 x 5,120 tokens at once" in output
 
 
 def test_a_gpu_is_planned_for_where_there_is_none():
@@ -86,7 +86,7 @@ def test_vocabulary(tmp_path):
         (["--batch", "0"], ("--batch 0",)),
         (["--batch", "many"], ("--batch", "many")),
         (["--context", "0"], ("--context 0",)),
-        (["--context", "999"], ("--context 999", "model.seq_len=256")),
+        (["--context", "1025"], ("--context 1025", "model.seq_len=1024")),
         (["--layers", "3"], ("--layers",)),
         (["mla_small"], ("mla_small", "key=value")),
     ],

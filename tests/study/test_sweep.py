@@ -36,7 +36,14 @@ from tests.conftest import (
 # What SQLAlchemy 1.4 says of itself; optuna 2, which Hydra's plugin needs, works with nothing later.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:optuna.storages._rdb.models")
 
-TINY = ("model.num_layers=1", "model.seq_len=32", "model.ff_hidden=96", *SHORT, "trainer.max_steps=1")
+TINY = (
+    "model.num_layers=1",
+    "model.induction_init=false",
+    "model.seq_len=32",
+    "model.ff_hidden=96",
+    *SHORT,
+    "trainer.max_steps=1",
+)
 
 
 def multirun(train: TrainCommand, *overrides: str) -> Result:
