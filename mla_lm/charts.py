@@ -172,6 +172,19 @@ def lines(points: list[dict], series: list[Series], x: Spec, y: Spec, tooltip: l
     }
 
 
+def error_bars(series: list[Series]) -> Spec:
+    """A layer with the interval of each point that has one, under low and high."""
+    return {
+        "transform": [{"filter": "isValid(datum.low)"}],
+        "mark": {"type": "errorbar", "ticks": {"size": 8}},
+        "encoding": {
+            "y": {"title": "", "field": "low", "type": "quantitative"},
+            "y2": {"field": "high"},
+            **encoded(series, "color"),
+        },
+    }
+
+
 def vertical_line(x: float, label: str) -> list[Spec]:
     """Layers for a line across the chart, and its label to the left of it."""
     place = {"data": {"values": [{"x": x}]}}

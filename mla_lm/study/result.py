@@ -94,6 +94,7 @@ class Fit:
         exponent: with its 95% interval; it has no values
         parameters, loss: points of the line
         low, high: 95% interval of the mean loss at each point; empty with fewer than three runs
+        rows: names of those that it is fitted to
     """
 
     exponent: Estimate
@@ -102,6 +103,7 @@ class Fit:
     loss: list[float]
     low: list[float] = field(default_factory=list)
     high: list[float] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -15,10 +15,12 @@ def fits_of(rows: Sequence[Row]) -> dict[str, Fit]:
     """A fit for each kind that has rows of at least two sizes, to the test losses of all their seeds."""
     fits = {}
     for kind in dict.fromkeys(row.kind for row in rows):
-        points = [(row.figures["parameters"], row.estimates["test_loss"].values) for row in rows if row.kind == kind]
+        fitted = [row for row in rows if row.kind == kind]
+        points = [(row.figures["parameters"], row.estimates["test_loss"].values) for row in fitted]
         if len({parameters for parameters, _ in points}) > 1:
             parameters = [count for count, losses in points for _ in losses]
             fits[kind] = power_law(parameters, [loss for _, losses in points for loss in losses])
+            fits[kind].rows = [row.name for row in fitted]
     return fits
 
 

@@ -55,3 +55,4 @@ def test_only_kinds_of_several_sizes_are_fitted():
     rows = [row("mla", 1e6, [4.0, 4.1]), row("mla", 2e6, [3.8, 3.9]), row("mha", 1e6, [4.0, 4.1])]
     assert list(fits_of(rows)) == ["mla"]
     assert fits_of(rows)["mla"].exponent.mean < 0
+    assert fits_of(rows)["mla"].rows == ["mla_1000000.0", "mla_2000000.0"]

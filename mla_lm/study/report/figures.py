@@ -18,6 +18,7 @@ class Figure:
         charts: one chart, or several under the words by which a reader chooses one
         choice: what is chosen; empty with one chart
         key: whether a legend belongs to it
+        legend: of its own, where its series are kinds instead of rows
     """
 
     name: str
@@ -26,6 +27,7 @@ class Figure:
     charts: dict[str, Spec]
     choice: str = ""
     key: bool = True
+    legend: list[Series] | None = None
 
 
 def picture_name(figure: Figure, chart: str) -> str:

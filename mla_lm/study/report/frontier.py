@@ -2,7 +2,7 @@
 
 import math
 
-from mla_lm.charts import HEIGHT, Series, Spec, colour, encoded
+from mla_lm.charts import HEIGHT, Series, Spec, colour, encoded, error_bars
 from mla_lm.study.report.figures import Figure, tooltip
 from mla_lm.study.report.numbers import MEASURES, joined, spread
 from mla_lm.study.result import Row
@@ -90,11 +90,6 @@ def _frontier(rows: list[Row], look: dict[str, Series], measure: str) -> Spec:
     series = [look[row.name] for row in rows]
     fields = tooltip(("bytes per token", ",.0f"), (f"test {MEASURES[measure]}", ".4f"))
     fields += [{"field": "interval", "title": "95% interval"}, {"field": "front", "title": "on the Pareto front"}]
-    intervals = {
-        "transform": [{"filter": "isValid(datum.low)"}],
-        "mark": {"type": "errorbar", "ticks": {"size": 8}},
-        "encoding": {"y": {"title": "", **quantity("low")}, "y2": {"field": "high"}, **encoded(series, "color")},
-    }
     leaders = {  # from a point to its label, where that has been moved
         "transform": [{"filter": "datum.at !== datum.y"}],
         "mark": {"type": "rule", "color": colour("muted"), "strokeWidth": 0.7, "xOffset": 4, "x2Offset": 9},
@@ -114,7 +109,7 @@ def _frontier(rows: list[Row], look: dict[str, Series], measure: str) -> Spec:
         {"mark": right, "encoding": {"text": {"field": "series"}, "y": quantity("at")}},
     ]
     if any(point["low"] is not None for point in points):
-        layers.insert(1, intervals)
+        layers.insert(1, error_bars(series))
     if any(point["at"] != point["y"] for point in points):
         layers.insert(1, leaders)
     return {

@@ -13,6 +13,7 @@ from mla_lm.study.report.frontier import frontier
 from mla_lm.study.report.numbers import measure_of
 from mla_lm.study.report.page import page
 from mla_lm.study.report.quality import curves, differences, position, rates
+from mla_lm.study.report.scaling import scaling
 from mla_lm.study.report.table import as_csv, table_of
 from mla_lm.study.result import Result
 from mla_lm.terminal.plain_text import printable
@@ -59,6 +60,7 @@ def figures_of(result: Result) -> list[Figure]:
     rows, look, measure = result.rows, series_of(result.rows), measure_of(result)
     figures = [
         frontier(rows, look, result.views, measure),
+        scaling(result, look),
         differences(result, look),
         curves(rows, look, measure),
         memory(rows, look),

@@ -5,9 +5,11 @@ from math import exp, log
 from statistics import mean, stdev
 
 from mla_lm.study.result import Curve, Decoding, Estimate, Result, Row, Sample
+from mla_lm.study.scaling import fits_of
 
 KINDS = {"mla": 640, "mha": 3072, "gqa": 1536, "mqa": 768}  # bytes of cache per token
 LEVEL = {"mla": 3.26, "mha": 3.28, "gqa": 3.275, "mqa": 3.32}
+PARAMETERS = {"tiny": 0.16, "small": 1, "medium": 3.9}  # of small's; about a power law
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # of the 95% interval, by the number of values
 EVIL = "</script><script>alert(1)</script><!-- \x1b[31m & \N{RIGHT-TO-LEFT OVERRIDE}é"
 PROMPTS = ("def main():", "class ")
@@ -41,6 +43,7 @@ def a_result(
         corpus={"f65d477a7caada0ece10d2152587c1e6": "sources of Python 3.11's standard library, BPE of 4,096 tokens"},
         machine={"processor": "AMD EPYC 9B45", "threads": 2, "torch": "2.13.0"},
         configs={row.name: f"seed: 1\nmodel:\n  attention:\n    kind: {row.kind}\n" for row in rows},
+        fits=fits_of(rows),
     )
 
 
@@ -52,7 +55,7 @@ def a_row(kind: str, size: str, seeds: list[int], draw: random.Random) -> Row:
     curve = [estimate([loss + 2.5 * exp(-step / 700) + draw.gauss(0, 0.02) for loss in losses]) for step in steps]
     cache = KINDS.get(kind, 1024)
     figures = {
-        "parameters": draw.randint(2_580_000, 2_600_000),
+        "parameters": int(draw.randint(2_580_000, 2_600_000) * PARAMETERS[size]),
         "flops_per_token": 18.1e6 if kind == "mla" else 17.4e6,
         "cache_bytes_per_token": cache,
         "cache_vs_mha": cache / 3072,
@@ -113,6 +116,7 @@ def unusual() -> dict[str, Result]:
     for number, row in enumerate(many.rows):
         row.name = f"{row.name}, model.attention.kv_compressed_dim={number}"
         row.baseline = row.difference = None
+    many.fits = fits_of(many.rows)
     return {"one bare row": bare, "all failed": failed, "markup in texts": evil, "many rows with long names": many}
 
 

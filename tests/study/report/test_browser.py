@@ -83,6 +83,22 @@ def test_every_chart_is_drawn_and_nothing_is_wider_than_the_screen(visit, name, 
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
+def test_fits_are_drawn_with_a_legend_of_their_own(visit):
+    """Two kinds of three sizes, each kind in one colour."""
+    tab = visit(a_result(("mla", "mha"), sizes=("tiny", "small", "medium")))
+    chart = "#scaling-chart"
+    for marks, count in ((".mark-line path", 2), (".mark-area path", 2), (".mark-symbol path", 6)):
+        assert tab.locator(f"{chart} {marks}").count() == count
+    lines = tab.eval_on_selector_all(
+        f"{chart} .mark-line path", "(all) => all.map((line) => line.getAttribute('stroke'))"
+    )
+    assert lines == ["var(--series-0)", "var(--series-1)"]
+    assert [text.strip() for text in tab.locator("#scaling .key li").all_inner_texts()] == ["mla", "mha"]
+    tab.locator(f"{chart} .mark-symbol path").last.hover()
+    tab.wait_for_selector("#vg-tooltip-element.visible")
+    assert "mha_medium" in tab.inner_text("#vg-tooltip-element")
+
+
 @pytest.mark.parametrize(("scheme", "theme"), [("light", charts.LIGHT), ("dark", charts.DARK)])
 def test_colour_scheme(visit, scheme, theme):
     tab = visit(a_result(), scheme=scheme)
