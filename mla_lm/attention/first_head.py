@@ -16,21 +16,25 @@ MARGIN = 3.2  # by which the score of the token before lies above that of its ne
 class FirstHead:
     """What a head reads, what it attends to, and where it writes; its input is the normalised residual stream.
 
-    It attends by content, or to the token before.
+    It attends by content, or to the token before. Here n is the number of numbers that it matches and copies.
 
     Attributes:
         value: (n, d_model), what it reads of a token
         out: (d_model, n), where it writes the n numbers, each of size 1
-        query: (n, d_model); to attend to the token before, (1, d_model): a direction in which all inputs are alike
-        key: (n, d_model), what the query is compared with; None: it attends to the token before
+        constant: (1, d_model), a direction in which all inputs are alike
+        match: (n, d_model) each, what a query reads and what a key does; None: it attends to the token before
         score: of a query and a key that are equal
     """
 
     value: Tensor
     out: Tensor
-    query: Tensor
-    key: Tensor | None = None
+    constant: Tensor
+    match: tuple[Tensor, Tensor] | None = None
     score: float = 0.0
+
+    def strength(self, scale: float) -> float:
+        """The size of each of the n numbers of a query, and of a key, where `scale` multiplies their product."""
+        return (self.score / scale / len(self.value)) ** 0.5
 
 
 def unit(rows: Tensor, x: Tensor) -> Tensor:
@@ -40,6 +44,19 @@ def unit(rows: Tensor, x: Tensor) -> Tensor:
 
 def rms(x: Tensor) -> Tensor:
     return x.square().mean().sqrt()
+
+
+def rotated_head(head: FirstHead, x: Tensor, rope: RotaryEmbedding, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the queries, keys and values of a head that is rotated as a whole, (rope.dim, d_model) each."""
+    q, k, v = x.new_zeros(3, rope.dim, x.size(-1))
+    if head.match is None:
+        query, key = looking_back(rope, scale)
+        q, k = (vector[:, None] * unit(head.constant, x) for vector in (query, key))
+    else:
+        slow = slow_rows(rope)[: len(head.value)]
+        q[slow], k[slow] = (head.strength(scale) * unit(rows, x) for rows in head.match)
+    v[: len(head.value)] = unit(head.value, x)
+    return q, k, v
 
 
 def looking_back(rope: RotaryEmbedding, scale: float) -> tuple[Tensor, Tensor]:

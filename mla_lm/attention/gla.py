@@ -135,8 +135,9 @@ class LatentHeadsMLA(MLA):
         rows = heads * (c.nope_dim + c.value_dim)
         self.kv_up = LatentHeadsLinear(c.num_latent_heads, c.kv_compressed_dim, rows)  # W^UK and W^UV
 
-    def matched_dim(self) -> int:
-        return 0
+    def first_ups(self) -> list[Tensor]:
+        rows = self.config.nope_dim + self.config.value_dim
+        return [cast(Linear, part).weight[:rows] for part in self.kv_up.parts]
 
 
 class GLA(LatentHeadsMLA):
@@ -144,6 +145,9 @@ class GLA(LatentHeadsMLA):
 
     def __init__(self, config: GLAConfig):
         super().__init__(config, config.num_heads)
+
+    def first_ups(self) -> list[Tensor]:
+        return super().first_ups()[:1]
 
 
 KIND = AttentionKind(title="Grouped Latent Attention", options=LatentHeadsOptions, layer_config=GLAConfig, layer=GLA)

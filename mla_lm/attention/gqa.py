@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
-from mla_lm.attention.first_head import FirstHead, looking_back, slow_rows, unit
+from mla_lm.attention.first_head import FirstHead, rotated_head, slow_rows
 from mla_lm.attention.kind import DERIVED, AttentionKind, TransformersForm, check_positive
 from mla_lm.attention.kv_cache import LayerCache, length
 from mla_lm.attention.layer import AttentionLayer
@@ -97,18 +97,9 @@ class MHA(AttentionLayer):
         return len(slow_rows(self.rope))
 
     def set_first_head(self, x: Tensor, head: FirstHead) -> None:
-        q, k, v = (linear.weight[: self.head_dim].zero_() for linear in (self.q_proj, self.k_proj, self.v_proj))
-        if head.key is None:
-            query, key = looking_back(self.rope, self.scale)
-            constant = unit(head.query, x)
-            q.copy_(query[:, None] * constant)
-            k.copy_(key[:, None] * constant)
-        else:
-            rows = slow_rows(self.rope)[: len(head.query)]
-            strength = (head.score / self.scale / len(rows)) ** 0.5
-            q[rows] = strength * unit(head.query, x)
-            k[rows] = strength * unit(head.key, x)
-        v[: len(head.value)] = unit(head.value, x)
+        weights = rotated_head(head, x, self.rope, self.scale)
+        for proj, weight in zip((self.q_proj, self.k_proj, self.v_proj), weights, strict=True):
+            proj.weight[: self.head_dim] = weight
         self.out_proj.weight[:, : self.head_dim] = 0
         self.out_proj.weight[:, : len(head.value)] = head.out
 

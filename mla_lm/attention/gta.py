@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
+from mla_lm.attention.first_head import FirstHead, looking_back, unit
 from mla_lm.attention.gqa import GQAOptions, MHAConfig
 from mla_lm.attention.kind import AttentionKind
 from mla_lm.attention.kv_cache import LayerCache, length
@@ -64,6 +65,24 @@ class GTA(AttentionLayer):
         self.cache_shapes = [(c.num_kv_heads, (c.head_dim,)), (1, (c.rotated_dim,))]  # u and r
         self.rope = RotaryEmbedding(c.rotated_dim, c.seq_len, c.rope_base, c.yarn)
         self.dropout = nn.Dropout(c.dropout)
+
+    def matched_dim(self) -> int:
+        return self.config.rotated_dim
+
+    def set_first_head(self, x: Tensor, head: FirstHead) -> None:
+        """`AttentionLayer.set_first_head`: the state carries the key in its half for keys, the value in the other."""
+        n, dim, half = len(head.value), self.config.head_dim, self.config.rotated_dim
+        q_nope, q_rope = self.q_proj.weight[:dim].zero_().split(half)
+        key, value = self.kv_proj.weight[:dim].split(half)
+        if head.match is None:
+            parts = (q_rope, self.k_rope_proj.weight)
+            for part, vector in zip(parts, looking_back(self.rope, self.scale), strict=True):
+                part.copy_(vector[:, None] * unit(head.constant, x))
+        else:
+            q_nope[:n], key[:n] = (head.strength(self.scale) * unit(rows, x) for rows in head.match)
+        value[:n] = unit(head.value, x)
+        self.out_proj.weight[:, :dim] = 0
+        self.out_proj.weight[:, half : half + n] = head.out
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         c, half = self.config, self.config.rotated_dim

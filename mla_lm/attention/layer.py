@@ -28,7 +28,7 @@ class AttentionLayer(nn.Module):
     out_proj: Linear
 
     def matched_dim(self) -> int:
-        """How many numbers `set_first_head` can match and write; 0: the kind does not have it."""
+        """How many numbers `set_first_head` can match and write; 0: it has no such head, or not with these sizes."""
         return 0
 
     def set_first_head(self, x: Tensor, head: FirstHead) -> None:

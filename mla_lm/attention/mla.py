@@ -64,10 +64,14 @@ class MLA(AttentionLayer):
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
     def matched_dim(self) -> int:
-        return mla_first_head.matched_dim(self.config)
+        return mla_first_head.matched_dim(self.config, len(self.first_ups()))
 
     def set_first_head(self, x: Tensor, head: FirstHead) -> None:
         mla_first_head.set_first_head(self, x, head)
+
+    def first_ups(self) -> list[Tensor]:
+        """W^UK and W^UV of the first head, (nope_dim + value_dim, latent_dim), for each latent that it reads."""
+        return [self.kv_up.weight[: self.config.nope_dim + self.config.value_dim]]
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         cos, sin = self.rotation(x.size(1), length(cache), documents)

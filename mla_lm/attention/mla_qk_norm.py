@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
+from mla_lm.attention.first_head import FirstHead, rms
 from mla_lm.attention.kind import AttentionKind
 from mla_lm.attention.kv_cache import LayerCache, length
 from mla_lm.attention.mla import MLA, LatentNorm, into_latents, out_of_latents
@@ -55,8 +56,15 @@ class QKNormMLA(MLA):
         heads, parts = self.cache_shapes[0]
         self.cache_shapes = [(heads, (*parts, config.num_heads))]
 
-    def matched_dim(self) -> int:
-        return 0
+    def set_first_head(self, x: Tensor, head: FirstHead) -> None:
+        """`AttentionLayer.set_first_head`: the norms' weights give the score its size."""
+        super().set_first_head(x, head)
+        c = self.config
+        part = slice(c.nope_dim, None) if head.match is None else slice(c.nope_dim)  # of a query, that is not zero
+        latent, k_rope = self.kv_down(x).split((c.kv_compressed_dim, c.rope_dim), dim=-1)
+        k_nope = self.up(self.scaled(self.kv_norm(latent), c.latent_dim))[0][:, :, 0]
+        self.q_head_norm.weight[part] = rms(self.plain_queries(x)[:, :, 0])
+        self.k_head_weight[part] = rms(torch.cat((k_nope, k_rope), dim=-1))
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         c = self.config

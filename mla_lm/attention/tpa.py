@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
+from mla_lm.attention.first_head import FirstHead, rotated_head, slow_rows, unit
 from mla_lm.attention.kind import DERIVED, AttentionKind, check_positive
 from mla_lm.attention.kv_cache import LayerCache, length
 from mla_lm.attention.layer import AttentionLayer
@@ -100,6 +101,28 @@ class TPA(AttentionLayer):
         """Xavier's initialisation of the factors (section 3.1)."""
         for proj in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(proj.weight)
+
+    def matched_dim(self) -> int:
+        return len(slow_rows(self.rope))
+
+    def set_first_head(self, x: Tensor, head: FirstHead) -> None:
+        """`AttentionLayer.set_first_head`: the first head is the first term of each sum, and has no other.
+
+        Its factor A is constant, and factor B is what the head's query, key or value should be. Keys and values often
+        have this one term, so the other heads keep their share of it; of the queries they have the other terms.
+        """
+        n, dim, heads = len(head.value), self.config.head_dim, self.config.num_heads
+        weights = rotated_head(head, x, self.rope, self.scale)
+        for proj, weight in zip((self.q_proj, self.k_proj, self.v_proj), weights, strict=True):
+            factors = proj.weight.unflatten(0, (-1, heads + dim))  # (R, H + D, d_model)
+            a, b = unit(head.constant, x), len(factors) * weight  # `product` takes the mean of the terms
+            share = (b.norm() / a.norm()) ** 0.5  # training changes their product least where both are of one size
+            factors[:, 0] = 0
+            factors[0, :1] = a * share
+            factors[0, heads:] = b / share
+        self.q_proj.weight[1:heads] = 0
+        self.out_proj.weight[:, :dim] = 0
+        self.out_proj.weight[:, :n] = head.out
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, documents: Documents | None = None) -> Tensor:
         c = self.config

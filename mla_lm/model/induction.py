@@ -37,7 +37,8 @@ def begin_with_induction(model: Transformer) -> None:
     """Set the first heads of two layers of a model whose weights are newly drawn.
 
     Raises:
-        UserError (a ValueError): the kind of attention has no such head, or the model has too few layers or positions.
+        UserError (a ValueError): the kind of attention has no such head with these sizes, or the model has too few
+            layers or positions.
     """
     config = model.config
     kind = KINDS[config.attention.kind]
@@ -49,7 +50,10 @@ def begin_with_induction(model: Transformer) -> None:
     first, second = (cast(Block, model.blocks[index]) for index in (0, kind.period))
     n = min(first.attention.matched_dim(), (config.d_model - 1) // 3)
     if n < 1:
-        raise UserError(f"model.induction_init=true is not made for model.attention.kind={config.attention.kind}")
+        raise UserError(
+            f"model.induction_init=true is not made for model.attention.kind={config.attention.kind} of these sizes: "
+            "a head needs dimensions that RoPE turns fast, and others that it turns slowly or not at all"
+        )
     basis = torch.linalg.qr(torch.randn(config.d_model, 1 + 3 * n))[0].mT
     u, P, S, C = basis.split((1, n, n, n))
     size = model.embedding.weight.square().mean().sqrt()
@@ -57,13 +61,13 @@ def begin_with_induction(model: Transformer) -> None:
     sequences, tokens = SAMPLE
     x = model.embedding(torch.randint(len(model.embedding.weight), (sequences, min(tokens, config.seq_len))))
     out = WRITTEN * size
-    first.attention.set_first_head(first.attention_norm(x), FirstHead(P, out * S.mT, query=u))  # eq. 1
+    first.attention.set_first_head(first.attention_norm(x), FirstHead(P, out * S.mT, u))  # eq. 1
     x, carried = first(x)
     for block in list(model.blocks)[1 : kind.period]:
         x, carried = block(x, carried=carried)
     x = second.attention_norm(x)
     query, key, value = (besides_mean(rows, x) for rows in (P, S, C))
-    second.attention.set_first_head(x, FirstHead(value, out * C.mT, query, key, SCORE))  # eq. 2
+    second.attention.set_first_head(x, FirstHead(value, out * C.mT, u, (query, key), SCORE))  # eq. 2
 
 
 def besides_mean(rows: Tensor, x: Tensor) -> Tensor:

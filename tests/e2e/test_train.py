@@ -16,7 +16,7 @@ from mla_lm.runs.checkpoint import load_checkpoint
 from mla_lm.terminal import cli
 from mla_lm.training.datamodule import TextDataModule
 from scripts import evaluate, plan
-from tests.conftest import ROOT, SHORT, SIZES, SMALL, call_main, refused, rows_of, succeeded, summary_of
+from tests.conftest import ROOT, SMALL, call_main, refused, rows_of, succeeded, summary_of
 
 SUMMARY = [
     "finished",
@@ -316,8 +316,8 @@ def test_a_run_that_began_as_an_induction_circuit_is_loaded_resumed_and_planned_
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     succeeded(call_main(lambda: cli.run(plan.main), ["plan", *SMALL, *train.data, *begun], tmp_path))
     refused(
-        train.bare("model=tpa_tiny", *SIZES, *SHORT, *train.data, "model.induction_init=true"),
-        "not made for model.attention.kind=tpa",
+        train("model.induction_init=true", "model.attention.rope_dim=0"),
+        "not made for model.attention.kind=mla of these sizes",
     )
 
 

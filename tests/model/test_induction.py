@@ -7,12 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from mla_lm import Transformer, UserError
-from mla_lm.attention import KINDS
 from mla_lm.model.induction import begin_with_induction
 from mla_lm.model.memory import training_memory
 from tests.kinds import config_of, model_of, preset_of
 
-COPYING = ("mla", "mla_shared", "mha", "gqa", "mqa")
+COPYING = ("mla", "mla_shared", "mla_qk_norm", "gla", "mlra", "mha", "gqa", "mqa", "gta", "tpa")
 copying = pytest.mark.parametrize("kind", COPYING)
 
 
@@ -69,10 +68,10 @@ def test_low_rank_queries_and_a_latent_without_norm_can_begin_so():
     assert again < first - 0.03
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in COPYING])
-def test_kinds_without_such_heads_say_so(kind):
-    with pytest.raises(UserError, match=f"not made for model.attention.kind={kind}"):
-        begin_with_induction(model_of(kind, num_layers=4))
+@pytest.mark.parametrize(("kind", "sizes"), [("mla", {"rope_dim": 0}), ("mha", {"rope_base": 2.0})])
+def test_sizes_without_such_heads_say_so(kind, sizes):
+    with pytest.raises(UserError, match=f"not made for model.attention.kind={kind} of these sizes"):
+        small(kind, **sizes)
 
 
 def test_one_layer_is_too_few():
