@@ -15,7 +15,7 @@ from mla_lm.errors import UserError
 from mla_lm.keys import ADJUSTABLE, FROM_MACHINE, INCIDENTAL, RUN_PATH, check_at_least, check_choice, flatten, marked
 from mla_lm.model.config import TransformerConfig
 from mla_lm.optim.optimizer import OptimizerConfig
-from mla_lm.optim.schedule import ScheduleConfig, mean_window_length
+from mla_lm.optim.schedule import ScheduleConfig, mean_window_length, window_length
 
 PRECISIONS = ("auto", "bf16-mixed", "16-mixed", "32-true")
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -140,10 +140,16 @@ class TrainConfig:
         """Windows of model.seq_len tokens in one optimizer step, over all devices."""
         return self.tokens_per_step // self.model.seq_len
 
+    def window_length(self, step: int) -> int:
+        """Tokens of the windows that a step trains on; a model with trained weights begins on whole ones."""
+        seq_len = self.model.seq_len
+        return seq_len if self.init_from else window_length(step, self.trainer.max_steps, seq_len, self.schedule)
+
     @property
     def mean_window_length(self) -> float:
-        """Tokens of a training window, averaged over the run's steps."""
-        return mean_window_length(self.trainer.max_steps, self.model.seq_len, self.schedule)
+        """The same, averaged over the run's steps."""
+        seq_len = self.model.seq_len
+        return seq_len if self.init_from else mean_window_length(self.trainer.max_steps, seq_len, self.schedule)
 
     @property
     def world_size(self) -> int:
@@ -188,8 +194,7 @@ class TrainConfig:
             raise UserError(
                 f"model.attention.yarn.factor={factor} extends the context of a trained run: give init_from=RUN"
             )
-        short = self.schedule.short_seq_len
-        if short and short < self.model.seq_len and self.model.seq_len % short:
+        if self.model.seq_len % (short := self.window_length(0)):
             raise UserError(
                 f"schedule.short_seq_len={short} must divide model.seq_len={self.model.seq_len}, or be null"
             )

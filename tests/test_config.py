@@ -21,6 +21,7 @@ from mla_lm.data.config import PartConfig
 from mla_lm.errors import UserError
 from mla_lm.model.config import AttentionConfig, TransformerConfig
 from mla_lm.optim.optimizer import OptimizerConfig
+from mla_lm.optim.schedule import ScheduleConfig
 from mla_lm.runs.config_file import changed
 
 MAY_CHANGE = [
@@ -142,3 +143,11 @@ def test_absolute_paths_are_those_of_a_copy(tmp_path, monkeypatch):
     assert (data.cache_dir, data.tokenizer.file) == (f"{tmp_path}/data/cache", None)
     assert data.parts[0].files == [f"{tmp_path}/a", os.path.expanduser("~/b")]
     assert data.parts[1].path == f"{tmp_path}/set"
+
+
+def test_only_a_new_model_begins_on_short_windows():
+    config = TrainConfig(schedule=ScheduleConfig(short_seq_len=32, short_fraction=0.5))
+    assert (config.window_length(0), config.window_length(3599)) == (32, 256)
+    assert config.mean_window_length == (32 + 256) / 2
+    tuned = replace(config, init_from="run")
+    assert {tuned.window_length(step) for step in range(3600)} == {tuned.mean_window_length} == {256}

@@ -18,7 +18,7 @@ from mla_lm.errors import ADVICE, Diverged
 from mla_lm.inference.evaluate import metrics_of, totals_of
 from mla_lm.model.transformer import Transformer
 from mla_lm.optim.optimizer import build_optimizer
-from mla_lm.optim.schedule import lr_factor, window_length
+from mla_lm.optim.schedule import lr_factor
 from mla_lm.training.datamodule import datamodule_of
 
 MOST_SKIPPED = 20  # steps of a run, with on_nonfinite=skip
@@ -86,9 +86,7 @@ class LanguageModel(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_share", 1.0)
         micro_batches = batch.split(self.config.micro_batch_size)
-        window = window_length(
-            self.global_step, self.config.trainer.max_steps, self.config.model.seq_len, self.config.schedule
-        )
+        window = self.config.window_length(self.global_step)
         self.loss = torch.zeros((), device=self.device)
         for i, tokens in enumerate(micro_batches, start=1):
             with nullcontext() if i == len(micro_batches) else self._no_gradient_sync():

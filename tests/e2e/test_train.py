@@ -13,6 +13,7 @@ from mla_lm.attention.kv_cache import ModelCache
 from mla_lm.data.open_store import open_store
 from mla_lm.data.tokenizer import end_of_text_id
 from mla_lm.runs.checkpoint import load_checkpoint
+from mla_lm.study.compose import train_config
 from mla_lm.terminal import cli
 from mla_lm.training.datamodule import TextDataModule
 from scripts import evaluate, plan
@@ -218,6 +219,11 @@ def test_standard_library(train, corpus, tmp_path, monkeypatch):
 def test_variants(train, tmp_path, extra):
     succeeded(train(*extra, "trainer.max_steps=2", "hydra.run.dir=run"))
     assert summary_of(tmp_path / "run")["finished"]
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "medium"])
+def test_overfitting_takes_every_size(size):
+    train_config(ROOT / "conf", [f"model=mla_{size}", "debug=overfit"]).check()
 
 
 SHORT_FIRST = ("schedule.short_seq_len=8", "schedule.short_fraction=0.5", "model.dropout=0", "trainer.max_steps=6")
