@@ -141,15 +141,13 @@ class TrainConfig:
         return self.tokens_per_step // self.model.seq_len
 
     def window_length(self, step: int) -> int:
-        """Tokens of the windows that a step trains on; a model with trained weights begins on whole ones."""
-        seq_len = self.model.seq_len
-        return seq_len if self.init_from else window_length(step, self.trainer.max_steps, seq_len, self.schedule)
+        """Tokens of the windows that a step trains on."""
+        return window_length(step, self.trainer.max_steps, self.model.seq_len, self.schedule)
 
     @property
     def mean_window_length(self) -> float:
         """The same, averaged over the run's steps."""
-        seq_len = self.model.seq_len
-        return seq_len if self.init_from else mean_window_length(self.trainer.max_steps, seq_len, self.schedule)
+        return mean_window_length(self.trainer.max_steps, self.model.seq_len, self.schedule)
 
     @property
     def world_size(self) -> int:

@@ -32,7 +32,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     queries, keys = q.size(2), k.size(2)
     if queries == 0:  # for which the CPU's kernel divides by zero, and ends the process
         return q.new_empty(*q.shape[:3], v.size(3))
-    if queries == keys and stores_scores(q.device.type, q.dtype, keys):
+    if queries == keys and stored_scores(q.device.type, q.dtype, keys):
         return _plain(q, k, v, scale)
     if cpu_kernel.takes(q, k, v):
         return cpu_kernel.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
@@ -69,13 +69,10 @@ def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def stores_scores(device: str, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether `causal_attention` over this many tokens stores the scores of every head; no fused kernel does."""
-    return device == "cpu" and dtype == torch.bfloat16 and tokens <= MOST_PLAIN_KEYS
-
-
-def stored_scores(tokens: int) -> int:
-    """How many scores that path stores for each head and sequence."""
+def stored_scores(device: str, dtype: torch.dtype, tokens: int) -> int:
+    """How many scores `causal_attention` over this many tokens stores, per head and sequence; no fused kernel does."""
+    if device != "cpu" or dtype != torch.bfloat16 or tokens > MOST_PLAIN_KEYS:
+        return 0
     return sum((seen - first) * seen for first, seen in _blocks(tokens))
 
 

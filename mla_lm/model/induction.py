@@ -28,7 +28,7 @@ from mla_lm.model.transformer import Transformer
 
 CONSTANT = 4.0  # length of u in an embedding, in lengths of the rest; less is lost as the embeddings grow
 WRITTEN = 2.2  # size of what the heads write, in sizes of the embedding
-SCORE = 16.0  # of a position whose token before is the present one, less noise: 11 to 14 arrive; others have 0 +- 3
+SCORE = 16.0  # of a position whose token before is the present one, less noise: 10 to 14 arrive; others have 0 +- 3
 SAMPLE = (8, 64)  # sequences, and tokens of each at most, to measure sizes on
 
 

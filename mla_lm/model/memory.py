@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_lm.attention import KINDS
-from mla_lm.attention.sdpa import stored_scores, stores_scores
+from mla_lm.attention.sdpa import stored_scores
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.loss import CHUNK_LOGITS, LEAST_ROWS
 from mla_lm.model.transformer import Transformer
@@ -61,8 +61,9 @@ def training_memory(
     weights = 4 * sum(p.numel() for p in model.parameters())
     matrices = _matrices(model)
     kept, block = _kept_bytes(config, batch_size, dtype, checkpointing=False)
-    if device != "cpu" and stores_scores("cpu", dtype, config.seq_len):  # _kept_bytes runs the model as on a CPU
-        scores = batch_size * config.num_heads * stored_scores(config.seq_len) * dtype.itemsize
+    if device != "cpu":  # _kept_bytes runs the model as on a CPU
+        stored = stored_scores("cpu", dtype, config.seq_len)
+        scores = batch_size * config.num_heads * stored * dtype.itemsize
         kept, block = kept - config.num_layers * scores, block - scores
     checkpointed, _ = _kept_bytes(config, batch_size, dtype, checkpointing=True)
     return TrainingMemory(

@@ -57,17 +57,18 @@ def _mean(total: int, count: int) -> float:
     return total / count if total % count else total // count
 
 
-def same_size_as(config: TransformerConfig) -> list[ModelSize]:
+def same_size_as(config: TransformerConfig, window: float | None = None) -> list[ModelSize]:
     """The sizes of this configuration, then of the other kinds among MHA, GQA and MQA, with all else equal.
 
     GQA has num_heads / 4 key heads, or the next smaller divisor of num_heads, and 2 if there are fewer than 8 heads.
+    `window` is that of `model_size`.
     """
-    sizes = [model_size(config)]
+    sizes = [model_size(config, window)]
     heads = config.num_heads
     grouped = max(d for d in range(1, max(2, heads // 4) + 1) if heads % d == 0)
     for kind, num_kv_heads in (("mha", heads), ("gqa", grouped), ("mqa", 1)):
         other = replace(config, attention=AttentionConfig(kind=kind, num_kv_heads=num_kv_heads))
         if kind != config.attention.kind:
             with suppress(UserError):  # too few heads for groups, or heads of an odd size, which RoPE cannot rotate
-                sizes.append(model_size(other))
+                sizes.append(model_size(other, window))
     return sizes

@@ -20,7 +20,8 @@ def size_table(config: TrainConfig, dtype: torch.dtype) -> str:
     """Format a table of parameters, FLOPs and cache: the model, and MHA, GQA and MQA of the same dimensions."""
     headings = ("", "parameters", "FLOPs/token", "cache B/token", f"cache at {config.model.seq_len}", "vs MHA")
     mha = 2 * config.model.d_model
-    return table([headings, *(_size_row(size, config, dtype, mha) for size in same_size_as(config.model))])
+    sizes = same_size_as(config.model, config.mean_window_length)
+    return table([headings, *(_size_row(size, config, dtype, mha) for size in sizes)])
 
 
 def _size_row(size: ModelSize, config: TrainConfig, dtype: torch.dtype, mha_elements: int) -> tuple[str, ...]:

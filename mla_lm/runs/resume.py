@@ -54,7 +54,8 @@ def resumed_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
 def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) -> TrainConfig:
     """The configuration of a new run: another run's model, with what the command line names on top.
 
-    Where that is model.attention.yarn.factor, and no model.seq_len, the context grows by that factor.
+    The model knows whole windows, so short ones come first only if the command line names schedule.short_seq_len. Where
+    it names model.attention.yarn.factor, and no model.seq_len, the context grows by that factor.
     """
     theirs = flatten(asdict(composed))
     named = _named_keys(overrides, list(theirs), new_run=True)
@@ -65,6 +66,8 @@ def started_config(composed: TrainConfig, run: RunFolder, overrides: list[str]) 
     ours = flatten(asdict(own))
     del ours["model.document_token"]  # data.document_mask of the new run decides
     inherited = {key: value for key, value in ours.items() if key.startswith(("model.", "data.tokenizer."))}
+    if named.get("schedule.short_seq_len", "by default") is not None:
+        inherited["schedule.short_seq_len"] = None
     changes = {key: theirs[key] for key in named if key.startswith("model.") and key != "model.vocab_size"}
     if "model.attention.yarn.factor" in changes and "model.seq_len" not in changes:
         wanted, there = changes["model.attention.yarn.factor"], own.model.attention.yarn.factor

@@ -40,7 +40,7 @@ class TuningConfig:
     """The search for the learning rate of each kind and size, by validation loss."""
 
     seed: int = 1000  # of these runs alone
-    learning_rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # one: nothing is tuned
+    learning_rates: list[float] = field(default_factory=lambda: [1.5e-3, 3e-3, 6e-3])  # one: nothing is tuned
     most: int = 7  # rates tried in all, where the best one lies at an end of the range and the range grows
     kinds: list[str] | None = None  # that are tuned; the others take the middle rate. None: all
 

@@ -302,6 +302,11 @@ def test_init_from(train, tmp_path):
     first, second = (mla_lm.load_run(tmp_path / name) for name in ("first", "second"))
     assert second[2].model.seq_len == 64
     assert second[2].model.d_model == first[2].model.d_model
+    assert (first[2].schedule.short_seq_len, second[2].schedule.short_seq_len) == (256, None)
+    assert {second[2].window_length(0), second[2].mean_window_length} == {64}
+    succeeded(train.bare(*common, *small, *overrides[:-1], "schedule.short_seq_len=16", "schedule.short_fraction=1",
+                          "hydra.run.dir=third"))  # fmt: skip
+    assert mla_lm.load_run(tmp_path / "third")[2].window_length(0) == 16
     assert second[1].to_str() == first[1].to_str()
     torch.testing.assert_close(first[0].state_dict(), second[0].state_dict(), rtol=0, atol=1e-6)
     refused(train.bare(*common, *small, "init_from=first", "model.num_layers=3"), "another model")
