@@ -17,10 +17,17 @@ from mla_lm.errors import UserError
 
 
 @dataclass
-class GQAOptions:
-    """The key of `model.attention` that only MHA, GQA and MQA read."""
+class GroupOptions:
+    """The key of `model.attention` that the kinds with groups of query heads read."""
 
     num_kv_heads: int | None = None
+
+
+@dataclass
+class GQAOptions(GroupOptions):
+    """The keys of `model.attention` that MHA, GQA and MQA read."""
+
+    rope_dim: int | None = None
 
 
 @dataclass
@@ -41,6 +48,7 @@ class MHAConfig:
     use_bias: bool = False
     rope_base: float = 10000.0
     yarn: YarnConfig = field(default_factory=YarnConfig)
+    rope_dim: int = DERIVED  # the part of each head that RoPE rotates; None: the whole head. 0: no positions
 
     def __post_init__(self):
         if self.num_kv_heads is None:
@@ -53,6 +61,13 @@ class MHAConfig:
             raise UserError(f"a head of d_model / num_heads = {self.d_model // self.num_heads} must be even for RoPE")
         if self.num_heads % self.num_kv_heads:
             raise UserError(f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
+        if self.rope_dim is None:
+            self.rope_dim = self.head_dim
+        if self.rope_dim % 2 or not 0 <= self.rope_dim <= self.head_dim:
+            raise UserError(
+                f"rope_dim={self.rope_dim} must be even, at least 0, and at most the "
+                f"d_model / num_heads = {self.head_dim} of a head"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -73,7 +88,7 @@ class MHAConfig:
 
     @property
     def rotated_dim(self) -> int:
-        return self.head_dim
+        return self.rope_dim
 
 
 class MHA(AttentionLayer):
@@ -90,7 +105,7 @@ class MHA(AttentionLayer):
         self.v_proj = Linear(c.d_model, kv_dim, bias=c.use_bias)
         self.out_proj = Linear(c.d_model, c.d_model, bias=c.use_bias)
         self.cache_shapes = 2 * [(c.num_kv_heads, (c.head_dim,))]  # keys and values
-        self.rope = RotaryEmbedding(self.head_dim, c.seq_len, c.rope_base, c.yarn)
+        self.rope = RotaryEmbedding(self.head_dim, c.seq_len, c.rope_base, c.yarn, rotated=c.rope_dim)
         self.dropout = nn.Dropout(c.dropout)
 
     def matched_dim(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.first_head import FirstHead, looking_back, unit
-from mla_lm.attention.gqa import GQAOptions, MHAConfig
+from mla_lm.attention.gqa import GroupOptions, MHAConfig
 from mla_lm.attention.kind import AttentionKind
 from mla_lm.attention.kv_cache import LayerCache, length
 from mla_lm.attention.layer import AttentionLayer
@@ -40,15 +40,12 @@ class GTAConfig(MHAConfig):
             raise UserError(
                 f"a head of d_model / num_heads = {self.head_dim} must be divisible by 4: GTA rotates half of it"
             )
+        self.rope_dim = self.head_dim // 2
 
     @property
     def cached_elements(self) -> int:
         """Elements cached per token: the tied states and the rotated key."""
         return self.num_kv_heads * self.head_dim + self.rotated_dim
-
-    @property
-    def rotated_dim(self) -> int:
-        return self.head_dim // 2
 
 
 class GTA(AttentionLayer):
@@ -98,4 +95,4 @@ class GTA(AttentionLayer):
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
 
 
-KIND = AttentionKind(title="Grouped-Tied Attention", options=GQAOptions, layer_config=GTAConfig, layer=GTA)
+KIND = AttentionKind(title="Grouped-Tied Attention", options=GroupOptions, layer_config=GTAConfig, layer=GTA)

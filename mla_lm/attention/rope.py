@@ -97,11 +97,12 @@ class RotaryEmbedding(nn.Module):
         seq_len: int,
         base: float = 10000.0,
         yarn: YarnConfig | None = None,
-        frequencies: list[float] | None = None,  # (dim/2,) radians per position; None: base^(-2i / dim)
+        frequencies: list[float] | None = None,  # (dim/2,) radians per position; None: base^(-2i / rotated)
+        rotated: int | None = None,  # how many dimensions turn, those of the first pairs; None: all of `dim`
     ):
         super().__init__()
         self.dim, self.seq_len, self.base, self.yarn = dim, seq_len, base, yarn or YarnConfig()
-        self.frequencies = frequencies
+        self.frequencies, self.rotated = frequencies, dim if rotated is None else rotated
         self.register_buffer("cos", torch.empty(seq_len, dim // 2), persistent=False)
         self.register_buffer("sin", torch.empty(seq_len, dim // 2), persistent=False)
         self._fill()
@@ -110,12 +111,16 @@ class RotaryEmbedding(nn.Module):
         device = self.cos.device
         if device.type == "meta":  # sizes are counted on this device, and often
             return
-        frequency = self.base ** (-torch.arange(0, self.dim, 2, dtype=torch.float64, device="cpu") / self.dim)
-        if self.frequencies is not None:
-            frequency = torch.tensor(self.frequencies, dtype=torch.float64, device="cpu")
-        frequency = self.yarn.slow_down(frequency, self.base, self.seq_len)
-        angle = torch.outer(torch.arange(self.seq_len, dtype=torch.float64, device="cpu"), frequency)
+        angle = torch.outer(torch.arange(self.seq_len, dtype=torch.float64, device="cpu"), self.frequency())
         self.cos, self.sin = ((self.yarn.amplitude * t).float().to(device) for t in (angle.cos(), angle.sin()))
+
+    def frequency(self) -> Tensor:
+        """By how many radians each pair turns from one position to the next, (dim/2,) in fp64 on the CPU."""
+        if self.frequencies is not None:
+            return torch.tensor(self.frequencies, dtype=torch.float64, device="cpu")
+        exponent = torch.arange(0, self.rotated, 2, dtype=torch.float64, device="cpu") / self.rotated
+        turning = self.yarn.slow_down(self.base**-exponent, self.base, self.seq_len)
+        return torch.nn.functional.pad(turning, (0, (self.dim - self.rotated) // 2))
 
     def _apply(self, fn, recurse=True):
         # .to(bfloat16) would round the tables and .to_empty() would lose them: compute them again on the new device.

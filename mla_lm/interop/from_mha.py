@@ -43,11 +43,12 @@ def convert(
         _Layer.of(cast(MHA, block.attention), moments)
         for block, moments in zip(model.blocks, _moments(model, windows), strict=True)
     ]
-    frequencies = _frequencies(model.config)
+    rope = cast(MHA, cast(Block, model.blocks[0]).attention).rope
+    frequencies = rope.frequency()
     if plain_rope:
-        pairs = [(i, 0) for i in range(0, len(frequencies), 2 * len(frequencies) // rope_dim)]
+        pairs = [(i, 0) for i in range(0, rope.rotated // 2, rope.rotated // rope_dim)]
     else:
-        pairs = _choose_pairs(layers, config, rope_dim)
+        pairs = _choose_pairs(layers, frequencies, config.seq_len, rope_dim)
         config.attention.rope_frequencies = [frequencies[pair].item() for pair, _ in pairs]
     state = {name: tensor for name, tensor in model.state_dict().items() if ".attention." not in name}
     for i, layer in enumerate(layers):
@@ -72,9 +73,9 @@ def converted_config(
     keys = layer.num_kv_heads * head_dim
     if rope_dim % 2 or not 2 <= rope_dim <= keys:
         raise UserError(f"rope_dim={rope_dim} must be even, and at most the {keys} dimensions of all keys")
-    if plain_rope and head_dim % rope_dim:
+    if plain_rope and layer.rope_dim % rope_dim:
         raise UserError(
-            f"rope_dim={rope_dim}: plain RoPE keeps every n-th of a head's pairs, so it must divide {head_dim}"
+            f"rope_dim={rope_dim}: plain RoPE keeps every n-th of a head's pairs, so it must divide {layer.rope_dim}"
         )
     widest = min(2 * keys, config.d_model + config.use_bias)
     if not 1 <= kv_compressed_dim <= widest:
@@ -116,21 +117,17 @@ def _moments(model: Transformer, windows: Tensor) -> list[Tensor]:
     return [total / windows.numel() for total in sums]
 
 
-def _frequencies(config: TransformerConfig) -> Tensor:
-    """RoPE's frequencies for the pairs of a head, (D/2,) radians per position."""
-    head_dim = config.d_model // config.num_heads
-    return config.attention.rope_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-
-
-def _choose_pairs(layers: list["_Layer"], config: TransformerConfig, rope_dim: int) -> list[tuple[int, int]]:
+def _choose_pairs(layers: list["_Layer"], frequencies: Tensor, T: int, rope_dim: int) -> list[tuple[int, int]]:
     """Choose which (frequency, component) pairs stay rotated: those without whose rotation scores would change most.
 
     Without rotation, the contribution q conj(k) e^(i d w) to a score at distance d becomes q conj(k). The squared error
-    is |1 - e^(i d w)|^2 times its energy. Each distance is weighted by how often it occurs in a window.
+    is |1 - e^(i d w)|^2 times its energy. Each distance is weighted by how often it occurs in a window of T tokens.
+
+    Args:
+        frequencies: of the pairs of a head, (D/2,) radians per position
     """
-    T = config.seq_len
     distance = torch.arange(T, dtype=torch.float64)
-    turns = 2 - 2 * torch.cos(torch.outer(_frequencies(config), distance))  # (D/2, T)
+    turns = 2 - 2 * torch.cos(torch.outer(frequencies, distance))  # (D/2, T)
     turn = turns @ (T - distance) / (T - distance).sum()
     loss = sum(layer.energies for layer in layers) * turn.unsqueeze(1)  # (D/2, G)
     order = loss.flatten().argsort(descending=True)[: rope_dim // 2]

@@ -46,6 +46,8 @@ def test_mla_refuses(change, message):
         ({"num_kv_heads": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
         ({"num_kv_heads": 8}, "num_heads=4 is not divisible by num_kv_heads=8"),
         ({"num_kv_heads": 0}, "num_kv_heads=0 must be at least 1"),
+        ({"rope_dim": 7}, "rope_dim=7 must be even"),
+        ({"rope_dim": 18}, "rope_dim=18 must be .* at most the d_model / num_heads = 16 of a head"),
         ({"seq_len": 0}, "seq_len=0 must be at least 1"),
     ],
 )

@@ -38,7 +38,9 @@ def mla_layers(draw) -> MLA:
 def mha_layers(draw) -> MHA:
     kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
     heads, head_dim = kv_heads * group, 2 * draw(st.integers(1, 8))
-    return drawn(draw, MHA, MHAConfig(heads * head_dim, heads, 32, num_kv_heads=kv_heads, use_bias=draw(st.booleans())))
+    rope_dim, use_bias = 2 * draw(st.integers(0, head_dim // 2)), draw(st.booleans())
+    sizes = {"num_kv_heads": kv_heads, "rope_dim": rope_dim, "use_bias": use_bias}
+    return drawn(draw, MHA, MHAConfig(heads * head_dim, heads, 32, **sizes))
 
 
 def drawn(draw, kind, config):

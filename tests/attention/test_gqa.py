@@ -28,6 +28,23 @@ def test_shared_key_heads_are_mha_with_repeated_ones(num_kv_heads):
     torch.testing.assert_close(grouped(x), mha(x), rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_part_of_each_head_is_rotated():
+    """Where the rotated part of q or k is zero, attention has no positions; the first pairs are that part."""
+    torch.manual_seed(0)
+    layer, x = MHA(MHAConfig(32, 4, 16, rope_dim=2)).eval(), torch.randn(1, 16, 32)
+    swapped = x[:, [*range(7), 8, 7, *range(9, 16)]]
+    assert (layer(x)[:, -1] - layer(swapped)[:, -1]).abs().max() > 1e-4
+    layer.k_proj.weight.unflatten(0, (4, 8))[:, [0, 4]] = 0  # the pair (i, i + D/2) with i = 0
+    torch.testing.assert_close(layer(x)[:, -1], layer(swapped)[:, -1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_head_is_the_default():
+    assert MHAConfig(32, 4, 16).rope_dim == 8
+    whole, given = MHA(MHAConfig(32, 4, 16)).rope, MHA(MHAConfig(32, 4, 16, rope_dim=8)).rope
+    assert torch.equal(whole.cos, given.cos)
+
+
 @pytest.mark.parametrize("num_kv_heads", [None, 2, 1])
 def test_order_dropout_and_length(num_kv_heads):
     torch.manual_seed(0)

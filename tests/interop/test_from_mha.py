@@ -12,9 +12,9 @@ HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 HEAD_DIM = 8
 
 
-def model_of(kind: str, **changes) -> Transformer:
+def model_of(kind: str, rope_dim: int | None = None, **changes) -> Transformer:
     torch.manual_seed(0)
-    attention = AttentionConfig(kind=kind, num_kv_heads=HEADS[kind])
+    attention = AttentionConfig(kind=kind, num_kv_heads=HEADS[kind], rope_dim=rope_dim)
     model = Transformer(TransformerConfig(2, 32, 4, 24, 48, attention, vocab_size=61, **changes)).eval()
     for name, parameter in model.named_parameters():  # as they begin, attention would hardly matter
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
@@ -85,6 +85,15 @@ def test_plain_rope_has_the_frequencies_of_its_size():
     assert error(model, chosen) < error(model, plain) < 1
     mqa = model_of("mqa")  # whose one head is all there is: no choice, no loss
     assert error(mqa, convert(mqa, text(), HEAD_DIM, HEAD_DIM, plain_rope=True)) < 1e-4
+
+
+def test_heads_of_which_a_part_is_rotated():
+    """The pairs that RoPE leaves as they are need no room in the rotated key."""
+    model = model_of("mqa", rope_dim=4)
+    for plain_rope in (False, True):
+        assert error(model, convert(model, text(), 2 * HEAD_DIM, 4, plain_rope)) < 1e-4
+    with pytest.raises(UserError, match="must divide 4"):
+        convert(model, text(), 8, 8, plain_rope=True)
 
 
 def test_refusals():

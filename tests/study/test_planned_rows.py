@@ -54,6 +54,14 @@ def test_the_view_by_flops_reuses_rows_that_are_equal_and_shortens_the_others():
     assert (row.rate_of, row.baseline) == (longer.name, "mha_small")
 
 
+def test_mha_that_is_rotated_as_mla_is_stands_beside_it():
+    rows = rows_of("attention", "kinds=[mla,mha]")
+    row, mla, mha = rows["mha_small-rope_dim16"], rows["mla_small"], rows["mha_small"]
+    assert row.config.model.layer_config().rotated_dim == mla.config.model.layer_config().rotated_dim
+    assert (row.baseline, row.rate_of) == ("mha_small", "mha_small")
+    assert row.sizes == mha.sizes
+
+
 def test_the_frontier_varies_the_latent_and_nothing_else():
     rows = rows_of("latent_frontier", "kinds=[mla,mha]")
     variants = [row for row in rows.values() if row.rate_of]

@@ -48,7 +48,7 @@ def engines_for(config: TransformerConfig) -> list[Verdict]:
             _sglang_mla(layer),
             _llama_cpp_mla(layer, config.num_layers),
         ]
-    if config.use_bias:
+    if config.use_bias or layer.rotated_dim < config.d_model // config.num_heads:
         return [Verdict("transformers", True), *(Verdict(engine, None) for engine in ("vLLM", "SGLang", "llama.cpp"))]
     return [
         Verdict("transformers", True),

@@ -3,14 +3,22 @@
 import math
 from typing import Any
 
-from mla_lm.attention.rope import YarnConfig, sharpening
+import torch
+
+from mla_lm.attention.gqa import MHAConfig
+from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, sharpening
 from mla_lm.errors import UserError
 from mla_lm.model.config import TransformerConfig
+
+STILL = 1e30  # divides the frequency of a pair that is not rotated; in fp32 its angle is then 0 at every position
 
 
 def rope_to_json(config: TransformerConfig, deepseek: bool) -> dict[str, Any]:
     """Make RoPE's entries: rope_parameters for transformers 5, two more for older versions and some engines."""
-    base, yarn = config.attention.rope_base, config.attention.yarn
+    base, yarn, layer = config.attention.rope_base, config.attention.yarn, config.layer_config()
+    if isinstance(layer, MHAConfig) and layer.rope_dim < layer.head_dim:
+        scaling = _longrope(layer)
+        return {"rope_parameters": {**scaling, "rope_theta": base}, "rope_theta": base, "rope_scaling": scaling}
     if yarn.factor == 1:
         plain = {"rope_type": "default", "rope_theta": base}
         return {"rope_parameters": plain, "rope_theta": base, "rope_scaling": None}
@@ -31,14 +39,40 @@ def rope_to_json(config: TransformerConfig, deepseek: bool) -> dict[str, Any]:
     return {"rope_parameters": {**scaling, "rope_theta": base}, "rope_theta": base, "rope_scaling": scaling}
 
 
+def _longrope(layer: MHAConfig) -> dict[str, Any]:
+    """Heads of which a part is rotated: transformers' Llama rotates all pairs, each with a factor on its frequency."""
+    factors = _factors(layer)
+    return {
+        "rope_type": "longrope",
+        "type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": sharpening(layer.yarn.factor, layer.yarn.mscale),
+        "original_max_position_embeddings": layer.seq_len,
+    }
+
+
+def _factors(layer: MHAConfig) -> list[float]:
+    """What divides the frequencies of plain RoPE over the whole head to give those of the layer."""
+    dim, base = layer.head_dim, layer.rope_base
+    with torch.device("meta"):  # no tables
+        rope = RotaryEmbedding(dim, layer.seq_len, base, layer.yarn, rotated=layer.rope_dim)
+    turning = rope.frequency().tolist()[: layer.rope_dim // 2]
+    still = (dim - layer.rope_dim) // 2
+    return [base ** (-2 * i / dim) / frequency for i, frequency in enumerate(turning)] + [STILL] * still
+
+
 def rope_from_json(json: dict[str, Any], seq_len: int, deepseek: bool) -> dict[str, Any]:
     """Make the RoPE fields of `AttentionConfig` from config.json.
 
     Raises:
-        UserError: the scaling is not YaRN's, or RoPE rotates only a part of each head.
+        UserError: the scaling is neither YaRN's nor one that `scripts.export` writes.
     """
     rope = json.get("rope_scaling") or json.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "longrope" and not deepseek:
+        return _from_longrope(json, rope, seq_len)
     if kind not in ("default", "yarn"):
         raise UserError(f"RoPE of type {kind} is not supported: it must be default or yarn")
     for name, needed in (("partial_rotary_factor", 1), ("truncate", True)):
@@ -48,6 +82,17 @@ def rope_from_json(json: dict[str, Any], seq_len: int, deepseek: bool) -> dict[s
     if kind == "yarn":
         fields["yarn"] = _yarn_from_json(rope, seq_len, deepseek)
     return fields
+
+
+def _from_longrope(json: dict[str, Any], rope: dict[str, Any], seq_len: int) -> dict[str, Any]:
+    """Read what `_longrope` writes for heads of which a part is rotated, without YaRN."""
+    sizes = json["hidden_size"], json["num_attention_heads"], seq_len
+    base, factors = float(rope.get("rope_theta", json.get("rope_theta", 10000.0))), rope.get("short_factor")
+    still = factors.count(STILL) if isinstance(factors, list) else 0
+    layer = MHAConfig(*sizes, rope_base=base, rope_dim=MHAConfig(*sizes).head_dim - 2 * still)
+    if not still or any(rope.get(name) != value for name, value in _longrope(layer).items() if name != "type"):
+        raise UserError("RoPE of type longrope is only supported where all that it does is to leave pairs as they are")
+    return {"rope_base": base, "rope_dim": layer.rope_dim}
 
 
 def _yarn_from_json(rope: dict[str, Any], seq_len: int, deepseek: bool) -> YarnConfig:

@@ -40,6 +40,9 @@ MODELS = {
     "gqa": (AttentionConfig(kind="gqa", num_kv_heads=2), {"tie_embeddings": False}),
     "gqa-yarn": (AttentionConfig(kind="gqa", num_kv_heads=2, yarn=SHARP), {}),
     "gqa-yarn-mscale": (AttentionConfig(kind="gqa", num_kv_heads=2, yarn=YarnConfig(4.0, mscale=0.7)), {}),
+    "mha-part": (AttentionConfig(rope_dim=6, rope_base=500.0), {}),
+    "gqa-part-yarn": (AttentionConfig(kind="gqa", num_kv_heads=2, rope_dim=8, yarn=SHARP), {}),
+    "mqa-no-position": (AttentionConfig(kind="mqa", rope_dim=0), {}),
     "mqa": (AttentionConfig(kind="mqa", num_kv_heads=1), {}),
 }
 

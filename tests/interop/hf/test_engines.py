@@ -1,5 +1,7 @@
 """Which engines take which shape: those of models that they are known to serve, and of the presets."""
 
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -77,8 +79,12 @@ def test_the_kernel_of_sglang_that_reads_values_from_keys():
 def test_llamas():
     assert takes(4, 256, 4, kind="gqa", num_kv_heads=2) == {**ALL, "SGLang": None}
     assert takes(4, 20, 2, kind="mha", num_kv_heads=2)["vLLM"] is None  # heads of 10
-    biased = TransformerConfig(use_bias=True, attention=AttentionConfig(kind="gqa", num_kv_heads=2), vocab_size=1000)
-    assert [verdict.takes for verdict in engines_for(biased)] == [True, None, None, None]
+    gqa = AttentionConfig(kind="gqa", num_kv_heads=2)
+    for unchecked in (
+        TransformerConfig(use_bias=True, attention=gqa, vocab_size=1000),
+        TransformerConfig(attention=replace(gqa, rope_dim=16), vocab_size=1000),
+    ):
+        assert [verdict.takes for verdict in engines_for(unchecked)] == [True, None, None, None]
 
 
 def test_the_serving_preset():

@@ -132,7 +132,9 @@ def test_llama(tmp_path_factory, shape, kv_heads, bias):
     assert_comes_back(folder / "in", folder / "run", folder / "out")
 
 
-@pytest.mark.parametrize("name", ["mla-low-rank-query", "mla-untied", "mla-yarn", "mha-biases", "gqa-yarn-mscale"])
+@pytest.mark.parametrize(
+    "name", ["mla-low-rank-query", "mla-untied", "mla-yarn", "mha-biases", "mha-part", "gqa-yarn-mscale"]
+)
 def test_an_export_comes_back_byte_for_byte(tmp_path, name):
     attention, others = MODELS[name]
     make_run(tmp_path / "first", attention, **others)
