@@ -1,5 +1,7 @@
 """What the machine offers: device, precision, whether compiling pays, and the speed of matrix products."""
 
+import functools
+import importlib.util
 import os
 import platform
 import resource
@@ -80,6 +82,29 @@ def choose_products(device: str, precision: str) -> str:
     tf32 = device == "cuda" and precision == "32-true" and torch.cuda.is_tf32_supported()
     torch.set_float32_matmul_precision("high" if tf32 else "highest")  # always: an earlier job may have set it
     return "; products in training are TF32, which this GPU is fast in" if tf32 else ""
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether our Triton kernels run on this device."""
+    return device.type == "cuda" and triton_failure() is None
+
+
+@functools.cache
+def triton_failure() -> str | None:
+    """Why our Triton kernels do not run on this machine's GPU; None: they do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the GPU is older than Ampere"
+    return None
+
+
+def choose_kernels(device: str) -> list[str]:
+    """What a GPU runs in PyTorch's place: a line, or none on another device."""
+    if device != "cuda":
+        return []
+    failure = triton_failure()
+    return [f"kernels     {f'of PyTorch alone ({failure})' if failure else 'our own for the loss'}"]
 
 
 def choose_compile(

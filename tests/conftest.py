@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads as it is imported, and torch may import it
+
 import pytest
 import torch
 from filelock import FileLock

@@ -98,6 +98,29 @@ for kind in ("adamw", "muon"):
         assert "addcdiv_" not in ran.names, ran.names
 """
 
+LOSS = """
+import torch
+import torch.nn.functional as F
+from mla_lm.hardware import runs_triton
+from mla_lm.model.loss import linear_cross_entropy
+
+assert runs_triton(torch.device("cuda"))
+torch.manual_seed(0)
+x, weight = torch.randn(3, 1000, 64, requires_grad=True), torch.randn(50257, 64, requires_grad=True)
+targets = torch.randint(50257, (3, 1000)).masked_fill(torch.rand(3, 1000) < 0.1, -100)
+expected = F.cross_entropy(F.linear(x, weight).flatten(0, 1), targets.flatten())
+gradients = torch.autograd.grad(expected, (x, weight))
+on_gpu = [t.detach().cuda().requires_grad_() for t in (x, weight)]
+for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 0.02), (torch.bfloat16, 0.02)):
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        loss = linear_cross_entropy(*on_gpu, targets.cuda())
+        with torch.no_grad():
+            torch.testing.assert_close(linear_cross_entropy(*on_gpu, targets.cuda()), loss.detach(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(loss.cpu(), expected, rtol=tolerance, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(loss, on_gpu), gradients, strict=True):
+        assert (ours.cpu() - theirs).norm() < tolerance * theirs.norm(), dtype
+"""
+
 MEMORY_OF_THE_LOSS = """
 import torch
 from mla_lm import TransformerConfig
@@ -121,7 +144,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 
 
 def run(*command: str, cwd=ROOT) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    hidden = ("CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET")  # from the other tests
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
     result = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -141,6 +165,10 @@ def test_documents_are_kept_apart():
 
 def test_kernels():
     run("-c", KERNELS)
+
+
+def test_the_loss_and_its_gradients_are_those_of_the_cpu():
+    run("-c", LOSS)
 
 
 def test_the_loss_takes_the_memory_that_is_planned():

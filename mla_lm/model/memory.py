@@ -108,17 +108,16 @@ def _kept_bytes(config: TransformerConfig, batch_size: int, dtype: torch.dtype, 
 
 
 def _loss_bytes(head: nn.Linear, tokens: int, dtype: torch.dtype, device: str) -> int:
-    """The most bytes that `linear_cross_entropy` allocates at once: those held during the softmax of a chunk."""
+    """The most bytes that `linear_cross_entropy` allocates at once, besides the gradients that it returns."""
     vocab_size = head.out_features
     chunk = max(LEAST_ROWS, CHUNK_LOGITS.get(device, CHUNK_LOGITS["cuda"]) // vocab_size)
+    logits = min(tokens, chunk) * vocab_size
     mixed = dtype != torch.float32
-    per_logit = dtype.itemsize + 4  # the logit, and its probability in fp32
-    if mixed and not (device == "cuda" and dtype == torch.float16):
-        per_logit += 4  # the logit cast to fp32; only on a GPU in fp16 does softmax read it uncast
-    if tokens > chunk:
-        per_logit += 4 + dtype.itemsize * mixed  # the previous chunk's probabilities, now gradients
-    gradient = head.weight.numel() * dtype.itemsize  # a chunk's gradient of the weight; autocast: its copy
-    return min(tokens, chunk) * vocab_size * per_logit + gradient * (2 if mixed else 1)
+    matrix = head.weight.numel() * dtype.itemsize
+    if device == "cuda":  # gradients in the logits' place, a chunk's gradient of the weight, and the padded weight
+        return logits * dtype.itemsize + 2 * matrix
+    per_logit = dtype.itemsize + 4 + 4 * mixed  # the logit, its probability in fp32, and autocast: the logit cast to it
+    return logits * per_logit + matrix * (2 if mixed else 1)
 
 
 def saved_bytes(model: Transformer, tokens: Tensor, dtype: torch.dtype) -> int:

@@ -9,6 +9,7 @@ from mla_lm.errors import UserError
 from mla_lm.hardware import (
     choose_accelerator,
     choose_compile,
+    choose_kernels,
     choose_precision,
     choose_products,
     matmul_flops_per_second,
@@ -48,7 +49,7 @@ def choose_machine(wanted: TrainerConfig) -> Machine:
         take_own_gpu()
     precision, why = choose_precision(wanted.precision, device)
     reasons.append(f"precision   {precision} ({why}{choose_products(device, precision)})")
-    return Machine(device, precision, reasons)
+    return Machine(device, precision, reasons + choose_kernels(device))
 
 
 def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: SweepJob | None = None) -> Resolved:

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mla_lm import Transformer, TransformerConfig
 from mla_lm.attention import KINDS
+from mla_lm.model.loss import linear_cross_entropy
 from mla_lm.model.memory import TrainingMemory, training_memory
 from mla_lm.optim.optimizer import OptimizerConfig, build_optimizer
 from tests.kinds import preset_of
@@ -65,6 +66,21 @@ def test_memory_is_within_a_tenth_of_what_is_measured(kind, dtype, shape):
     kept, peak = measured(config, batch, dtype)
     assert planned.checkpointed_activations == pytest.approx(kept, rel=0.1)
     assert planned.peak(checkpointing=True) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_of_a_loss_in_several_chunks(dtype):
+    config = TransformerConfig(1, 64, 2, 2048, 64, vocab_size=1000)
+    x, weight = (torch.randn(*shape, 64, requires_grad=True) for shape in ((1, 2048), (1000,)))
+    targets = torch.randint(1000, (1, 2048))
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return linear_cross_entropy(x, weight, targets)
+
+    loss()  # the first makes the libraries' own room
+    planned = training_memory(config, 1, dtype, "cpu").loss + x.nbytes + weight.nbytes  # and both gradients
+    assert planned == pytest.approx(max(allocations(loss)), rel=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

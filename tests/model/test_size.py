@@ -4,14 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig, UserError
-from mla_lm.model.memory import training_memory
 from mla_lm.model.size import model_size, same_size_as
 from tests.kinds import preset_of
 
@@ -74,28 +71,3 @@ def test_peers_exist_for_any_number_of_heads(num_heads):
 def test_sizes_that_cannot_be():
     with pytest.raises(UserError, match="not divisible"):
         model_size(replace(CONFIG, d_model=30))
-
-
-class Made(TorchDispatchMode):
-    """Bytes of the tensors that operations make."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.nbytes += out.nbytes if isinstance(out, torch.Tensor) else 0
-        return out
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_memory_of_the_logits_on_a_gpu(dtype):
-    """What PyTorch makes of bf16 logits there, for a softmax in fp32, has twice the bytes of what it makes of fp16."""
-    config = replace(CONFIG, vocab_size=1000)
-    with FakeTensorMode():
-        logits = torch.empty(2 * config.seq_len, 1000, dtype=dtype, device="cuda")
-        with Made() as made:
-            F.log_softmax(logits, dim=-1, dtype=torch.float32)
-    assert made.nbytes == logits.numel() * (8 if dtype == torch.bfloat16 else 4)
-    head = 1000 * config.d_model * dtype.itemsize  # its gradient, and autocast's copy
-    loss = training_memory(config, 2, dtype, "cuda").loss
-    assert loss == logits.nbytes + made.nbytes + head * (1 if dtype == torch.float32 else 2)
