@@ -11,17 +11,19 @@ from pathlib import Path
 from mla_lm.files import write_atomically
 from mla_lm.terminal import cli
 from mla_lm.terminal.tables import table
-from scripts.bench import checkpoint, crossover, decode, loader, shakespeare, start, train
-from scripts.bench.measure import setup
+from scripts.bench import checkpoint, crossover, decode, gpu, loader, loss, shakespeare, start, train
+from scripts.bench.measure import cell, setup
 
 COMMANDS = {
     "train": train,
     "decode": decode,
     "crossover": crossover,
+    "loss": loss,
     "loader": loader,
     "start": start,
     "checkpoint": checkpoint,
     "shakespeare": shakespeare,
+    "gpu": gpu,
 }
 
 
@@ -55,17 +57,6 @@ def main() -> None:
     if out:
         text = json.dumps({"setup": described, "arguments": args, **result}, indent=1)
         write_atomically(Path(out), lambda file: file.write(text.encode()))
-
-
-def cell(value: object) -> str:
-    """A figure with as many digits as it is worth; a dash for what was not measured."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,16 @@ from mla_lm.inference.generate import generate
 from mla_lm.model.config import AttentionConfig, TransformerConfig
 from mla_lm.model.transformer import Transformer
 from scripts.bench import measure, peers
+from scripts.plan import composed
 
 DESCRIPTION = """Tokens per second of greedy decoding over a filled cache.
 
 Ours is MLA, absorbed, through its latent cache. transformers is DeepseekV3 with the same weights and the same cached
-latents. MHA is ours, with as many parameters. Each makes tokens by its own `generate`, given the cache; transformers'
-model is also stepped through its cache without generate. Weights and caches have the precision named. "of the bytes'
-time" is how long the weights and the cache of our step take to be read, at the rate of a large sum in the same round,
-over how long the step takes: 1 where memory is the limit, more where a CPU's own caches hold some of them.
+latents. MHA is ours, with as many parameters. --model takes presets in place of 6 layers of 384. Each makes tokens by
+its own `generate`, given the cache; transformers' model is also stepped through its cache without generate. Weights and
+caches have the precision named. "of the bytes' time" is how long the weights and the cache of our step take to be read,
+at the rate of a large sum in the same round, over how long the step takes: 1 where memory is the limit, more where a
+CPU's own caches hold some of them.
 """
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MLA = TransformerConfig(
@@ -34,12 +36,14 @@ MLA = TransformerConfig(
     attention=AttentionConfig(kind="mla", kv_compressed_dim=128, rope_dim=32, nope_dim=32, value_dim=64),
 )
 MHA = replace(MLA, attention=AttentionConfig(), ff_hidden=880)  # as many parameters
+PRESETS = {"medium": "mha_medium", "large": "mha_large", "serving": "mha_medium"}  # of MLA, and the MHA beside each
 PEERS = ("transformers", "transformers' steps", "mha")
 LARGE = 2**30  # bytes that no cache holds
 PREFILLED = 512  # tokens that are really read; longer caches repeat what is stored of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=("6x384", *PRESETS), default="6x384", help="default: %(default)s")
     add_numbers(parser, "--context", [1024, 8192, 32768], "cached tokens")
     add_numbers(parser, "--batch", [1, 8], "sequences at once")
     parser.add_argument("--compile", action="store_true", help="compile the steps of our models")
@@ -148,8 +152,9 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     device = measure.device_of(args)
     if args.compile:
         check_compiler(device, "--compile")
+    models = models_of(args.model)
     rows = [
-        decoded(name, batch, context, args.repeats, device, args.compile)
+        decoded(models, name, batch, context, args.repeats, device, args.compile)
         for name, batch, context in product(args.precision, args.batch, args.context)
     ]
     first = [row for row in rows if (row["precision"], row["batch"]) == (args.precision[0], args.batch[0])]
@@ -161,13 +166,28 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def decoded(precision: str, batch: int, context: int, repeats: int, device: str, compiled: bool) -> dict[str, Any]:
+def models_of(name: str) -> tuple[TransformerConfig, TransformerConfig]:
+    """The MLA that --model names, and the MHA beside it."""
+    if name not in PRESETS:
+        return MLA, MHA
+    mla, mha = (composed([f"model={preset}", "model.vocab_size=50257"]) for preset in (f"mla_{name}", PRESETS[name]))
+    return mla.model, mha.model
+
+
+def decoded(
+    models: tuple[TransformerConfig, TransformerConfig],
+    precision: str,
+    batch: int,
+    context: int,
+    repeats: int,
+    device: str,
+    compiled: bool,
+) -> dict[str, Any]:
     """A row of the table."""
     count = max(8, min(32, 2**17 // context))  # the long caches take long
     dtype = PRECISIONS[precision]
     torch.manual_seed(0)
-    mla = Transformer(replace(MLA, seq_len=context + count + 1)).to(device, dtype).eval()
-    mha = Transformer(replace(MHA, seq_len=context + count + 1)).to(device, dtype).eval()
+    mla, mha = (Transformer(replace(model, seq_len=context + count + 1)).to(device, dtype).eval() for model in models)
     ours, theirs, of_mha = (
         Ours(mla, batch, context, count, compiled),
         Theirs(mla, batch, context),

@@ -111,3 +111,14 @@ def resident_bytes(peak: bool = False) -> int:
         sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(sizes["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
     return peak_memory_bytes("cpu")
+
+
+def cell(value: object) -> str:
+    """A figure with as many digits as it is worth; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -256,7 +256,7 @@ def test_rounds_have_enough_steps(monkeypatch):
     ("value", "shown"), [(None, "-"), (True, "yes"), (1234567, "1,234,567"), (0.12345, "0.123"), (54321.7, "54,322")]
 )
 def test_cells(value, shown):
-    assert program.cell(value) == shown
+    assert measure.cell(value) == shown
 
 
 @pytest.mark.parametrize("command", [("train",), ("shakespeare", "--text=text.txt")])
