@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import signal
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,11 @@ class WandbRun:
         if signum not in (None, signal.SIGINT) and in_wandb_sweep():
             self.run.mark_preempting()
         self.run.finish(exit_code=128 + signum if signum else int(error is not None))
-        return f"wandb sync {folder}" if offline else None
+        if not offline:
+            return None
+        # A resumed run has a folder for each time that it was at work; wandb marks those that are uploaded.
+        folders = sorted(folder.parent.glob(f"offline-run-*-{self.run.id}"))
+        return shlex.join(["wandb", "sync", *(str(each) for each in folders if not list(each.glob("*.synced")))])
 
 
 def open_wandb(config: TrainConfig, run: RunFolder) -> WandbRun | None:

@@ -272,11 +272,18 @@ def test_wandb_keeps_one_run_over_a_resume(train, tmp_path):
     result = succeeded(train("logger=wandb", "tags=[a,b]", "hydra.run.dir=run"))
     assert result.stdout.splitlines()[-1].startswith("upload      wandb sync ")
     identity = (run / "wandb_id").read_text().strip()
-    succeeded(train.bare(f"ckpt_path={run}", "trainer.max_steps=8"))
+    (first,) = (run / "wandb").glob("offline-run-*")
+    resumed = succeeded(train.bare(f"ckpt_path={run}", "trainer.max_steps=8"))
     assert (run / "wandb_id").read_text().strip() == identity
-    folders = [path.name for path in (run / "wandb").glob("offline-run-*")]
+    paths = sorted((run / "wandb").glob("offline-run-*"))
+    folders = [path.name for path in paths]
     assert len(folders) == 2
     assert all(identity in name for name in folders)
+    # what is not uploaded yet is named, in the order in which it was made
+    assert resumed.stdout.splitlines()[-1] == f"upload      wandb sync {paths[0]} {paths[1]}"
+    next(first.glob("*.wandb")).with_suffix(".wandb.synced").touch()  # as wandb sync marks it
+    again = succeeded(train.bare(f"ckpt_path={run}", "trainer.max_steps=10"))
+    assert str(first) not in again.stdout.splitlines()[-1]
     assert all(list((run / "wandb" / name).glob("*.wandb")) for name in folders)
 
 
