@@ -70,7 +70,9 @@ def _difference(row: Row, base: Row, result: Result) -> str:
 
 def _cache(row: Row, base: Row) -> str:
     mine, theirs = (each.figures.get("cache_bytes_per_token") for each in (row, base))
-    return f" at {mine / theirs:.3g} of its cache" if mine and theirs else ""
+    if not mine or not theirs:
+        return ""
+    return " with the same cache" if mine == theirs else f" at {mine / theirs:.3g} of its cache"
 
 
 def _lowest(result: Result) -> str:

@@ -49,6 +49,13 @@ def test_a_missing_interval_is_said():
     assert "over 5 seeds: its interval could not be measured" in answer(with_difference(-0.032, None, None))
 
 
+def test_a_variant_of_the_baseline_has_its_cache():
+    result = with_difference(0.032, 0.004, 0.06)
+    for row in result.rows:
+        row.figures["cache_bytes_per_token"] = 3072
+    assert "above MHA's (95% interval +0.1% to +1.5%) with the same cache, over 5 seeds" in answer(result)
+
+
 def test_small_differences_keep_a_digit():
     assert "0.02% below" in answer(with_difference(-0.0008, -0.0012, -0.0004))
 
