@@ -182,7 +182,7 @@ def test_too_many_tokens():
 @pytest.mark.parametrize(
     ("attention", "message"),
     [
-        (AttentionConfig(rope_dim=4), "rope_dim is set, but belongs to kind mla"),
+        (AttentionConfig(nope_dim=4), "nope_dim is set, but belongs to kind mla"),
         (AttentionConfig(kind="gqa", num_kv_heads=2, q_compressed_dim=4), "q_compressed_dim is set, but belongs to"),
         (AttentionConfig(kind="mla", kv_compressed_dim=8, rope_dim=4, num_kv_heads=2), "belongs to kind mha or gqa or"),
         (AttentionConfig(kind="mla", kv_compressed_dim=8), "rope_dim is missing"),
