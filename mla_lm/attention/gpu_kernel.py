@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)  # of queries; the tests also call it with fp32
-WIDEST = 576  # head size; the sums of wider heads would not fit into registers
+WIDEST = 576  # head size; the sums of wider ones would not fit into registers
 MOST_SPLITS = 128  # the kernel that merges the splits reads so many at once
 BLOCK_BYTES = 36 * 1024  # most bytes of keys and values that a program reads at once; it holds two such blocks
-# Shared memory that a program needs at most for a block of so many rows, and its warps.
+# For the rows of a program: bytes of shared memory that it needs beyond what every GPU has, and its warps.
 BLOCKS = {64: (180 * 1024, 8), 32: (112 * 1024, 8), 16: (0, 4)}
 
 
@@ -40,8 +40,12 @@ def takes_int8(q: Tensor, width: int) -> bool:
 
 @torch.compiler.assume_constant_result  # else these calls would break the compiled graph
 def _runs_on(device: int) -> bool:
-    there = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-    return there and torch.cuda.get_device_capability(device) >= (8, 0)
+    return _has_triton() and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def attend_to_all(

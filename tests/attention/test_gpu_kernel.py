@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import subprocess
+from collections.abc import Collection
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ HOPPER = 90
 BF16, INT8 = torch.bfloat16, torch.int8
 
 
+@pytest.mark.e2e
 def test_in_the_interpreter(triton_interpreter):
     triton_interpreter("tests/attention/gpu_kernel_interpreted.py")
 
@@ -53,10 +55,6 @@ def test_plain_products_where_triton_is_missing(dtype, tolerance):
 
 def compiled(rows: int, dim: int, value_dim: int, cache: torch.dtype, shared: bool = True, most_rows: int = 64):
     """The kernel as compiled for Hopper, for bf16 queries over a cache of one key head."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from mla_lm.attention import triton_kernel
 
     q = torch.empty(1, 1, rows, dim, dtype=BF16, device="meta")
@@ -64,20 +62,28 @@ def compiled(rows: int, dim: int, value_dim: int, cache: torch.dtype, shared: bo
     parts = 2 if value_dim < dim else 1
     scales = torch.empty(1, 1, 9, parts, device="meta") if cache == INT8 else None
     fixed, warps = gpu_kernel.constants(q, k, v, scales, shared, most_rows)
-    names = triton_kernel.attend.arg_names
     kept = "*i8" if cache == INT8 else "*bf16"
     pointers = {"q": "*bf16", "k": kept, "v": kept, "k_scales": "*bf16", "v_scales": "*bf16"}
     pointers |= {"out": "*fp32", "lse": "*fp32"}
-    signature = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in names}
-    # What Triton finds out of real arguments: these are multiples of 16, so that loads are wide.
+    # Triton finds this out of real arguments: they are multiples of 16, so that loads are wide.
     aligned = {*pointers, "k_batch", "k_head", "k_key", "v_batch", "v_head", "v_key"}
+    return for_hopper(triton_kernel.attend, fixed, pointers, aligned, num_warps=warps, num_stages=3)
+
+
+def for_hopper(function, fixed: dict, pointers: dict[str, str], aligned: Collection[str], **options: int):
+    """A Triton function compiled for Hopper; its arguments are constants, pointers and 32-bit integers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
     source = ASTSource(
-        fn=triton_kernel.attend,
-        signature=signature,
+        fn=function,
+        signature={name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in names},
         constexprs={(names.index(name),): value for name, value in fixed.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in aligned},
     )
-    return triton.compile(source, GPUTarget("cuda", HOPPER, 32), {"num_warps": warps, "num_stages": 3})
+    return triton.compile(source, GPUTarget("cuda", HOPPER, 32), options)
 
 
 def registers_and_spills(ptx: str, folder) -> tuple[int, int]:
@@ -103,6 +109,8 @@ def registers_and_spills(ptx: str, folder) -> tuple[int, int]:
         (64, 416, 384, BF16, True),
         (32, 576, 512, INT8, False),
         (8, 128, 128, BF16, False),  # GQA and MQA
+        (16, 256, 256, BF16, False),
+        (64, 256, 256, BF16, False),
         (8, 128, 128, INT8, False),
     ],
 )
@@ -116,6 +124,16 @@ def test_compiles_for_hopper(tmp_path, rows, dim, value_dim, cache, shared):
     assert spilled == 0
     assert "cp.async" in ptx  # the next block is read while this one is multiplied
     assert memory <= (gpu_kernel.BLOCKS[max(16, rows)][0] or 99 * 1024)  # the least that a GPU from Ampere on has
+
+
+@needs_triton
+def test_the_kernel_that_merges_splits_compiles_for_hopper(tmp_path):
+    from mla_lm.attention import triton_kernel
+
+    fixed = {"D_V": 512, "MOST_SPLITS": gpu_kernel.MOST_SPLITS, "BLOCK": 32}
+    pointers = dict.fromkeys(("parts", "lse", "out"), "*fp32")
+    ptx = for_hopper(triton_kernel.merge, fixed, pointers, pointers).asm["ptx"]
+    assert registers_and_spills(ptx, tmp_path)[1] == 0
 
 
 @needs_triton
