@@ -1,6 +1,5 @@
 """What tests share: a corpus of real text, train.py as its user starts it, and runs that have finished."""
 
-import importlib.util
 import io
 import json
 import os
@@ -75,25 +74,6 @@ settings.load_profile("tests")
 def small(kind: str) -> tuple[str, ...]:
     """Overrides for a small run of a kind of attention."""
     return SMALL if kind == "mla" else (f"model={kind}_tiny", *SIZES, *SHORT)
-
-
-@pytest.fixture
-def triton_interpreter() -> Callable[[str], None]:
-    """Run the tests of a file, named from the root, on the CPU by Triton's interpreter; skip where Triton is missing.
-
-    Triton reads TRITON_INTERPRET when it is imported, for all that the process does later. So they get one of their
-    own. The file's name does not begin with test_, or pytest would run it in this one too.
-    """
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-
-    def run(file: str) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / file)]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-
-    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

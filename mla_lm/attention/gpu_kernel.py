@@ -6,7 +6,6 @@ int8 cache it reads as stored.
 """
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor
 DTYPES = (torch.bfloat16, torch.float16)  # of queries; the tests also call it with fp32
 WIDEST = 576  # head size; the sums of wider ones would not fit into registers
 MOST_SPLITS = 128  # the kernel that merges the splits reads so many at once
-BLOCK_BYTES = 36 * 1024  # most bytes of keys and values that a program reads at once; it holds two such blocks
+# Most bytes of keys and values that a program reads at once, and how many such blocks are under way. int8 is converted
+# in registers, of which a larger block needs too many.
+READS = {"half": (36 * 1024, 3), "int8": (18 * 1024, 4)}
 # For the rows of a program: bytes of shared memory that it needs beyond what every GPU has, and its warps.
 BLOCKS = {64: (180 * 1024, 8), 32: (112 * 1024, 8), 16: (0, 4)}
 
@@ -35,17 +36,14 @@ def takes_int8(q: Tensor, width: int) -> bool:
     It takes one query in half precision, without gradients, on NVIDIA's Ampere and later, where Triton is installed.
     """
     one = q.size(2) == 1 and not torch.is_grad_enabled() and width <= WIDEST
-    return one and q.is_cuda and q.dtype in DTYPES and _runs_on(q.device.index or 0)
+    return one and q.is_cuda and q.dtype in DTYPES and _runs_here()
 
 
 @torch.compiler.assume_constant_result  # else these calls would break the compiled graph
-def _runs_on(device: int) -> bool:
-    return _has_triton() and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _runs_here() -> bool:
+    from mla_lm.hardware import triton_failure  # here, because not every system has all the modules that it needs
 
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return torch.version.hip is None and triton_failure() is None
 
 
 def attend_to_all(
@@ -78,16 +76,16 @@ def split_attention(
     batch, heads, rows, value_dim = *q.shape[:3], v.size(3)
     q, keys = q.contiguous(), k.size(2)
     same = k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and value_dim <= k.size(3) and k_scales is None
-    fixed, warps = constants(q, k, v, k_scales, same, most_rows)
+    fixed, options = constants(q, k, v, k_scales, same, most_rows)
     row_blocks = batch * heads * -(-rows // fixed["BLOCK_ROWS"])
-    splits, split_keys = split(row_blocks, keys, fixed["BLOCK_KEYS"], processors * (2 if warps == 4 else 1))
+    splits, split_keys = split(
+        row_blocks, keys, fixed["BLOCK_KEYS"], processors * (2 if options["num_warps"] == 4 else 1)
+    )
     parts = q.new_empty(batch, heads, rows, splits, value_dim, dtype=torch.float32)
     lse = q.new_empty(batch, heads, rows, splits, dtype=torch.float32)
     scales = [k if k_scales is None else k_scales, v if v_scales is None else v_scales]
     strides = [stride for tensor in (k, v, *scales) for stride in tensor.stride()[:3]]
-    kernels.attend[(row_blocks, splits)](
-        q, k, v, *scales, parts, lse, keys, split_keys, *strides, **fixed, num_warps=warps, num_stages=3
-    )
+    kernels.attend[(row_blocks, splits)](q, k, v, *scales, parts, lse, keys, split_keys, *strides, **fixed, **options)
     if splits == 1:
         return parts.squeeze(3)
     out, block = _empty(q, k, v), 32
@@ -112,20 +110,21 @@ def split(programs: int, keys: int, block: int, wanted: int) -> tuple[int, int]:
 
 def constants(
     q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, shared: bool, most_rows: int
-) -> tuple[dict[str, Any], int]:
-    """What the kernel is compiled for, and the warps of a program."""
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """What the kernel is compiled for, and the options of Triton's compiler."""
     dim, value_dim, rows = q.size(3), v.size(3), q.size(2)
     parts = 0 if k_scales is None else k_scales.size(3)
     first = value_dim if shared or parts == 2 else dim
     widths = {"W": (*_pieces(first), dim - first), "V": _pieces(value_dim)}
     padded = {"P": [_padded(width) for width in widths["W"]], "PV": [_padded(width) for width in widths["V"]]}
     row_bytes = (sum(padded["P"]) + (0 if shared else sum(padded["PV"]))) * k.element_size()
-    block_keys = max(n for n in (16, 32, 64, 128) if n == 16 or n * row_bytes <= BLOCK_BYTES)
+    block_bytes, stages = READS["int8" if parts else "half"]
+    block_keys = max(n for n in (16, 32, 64, 128) if n == 16 or n * row_bytes <= block_bytes)
     block_rows = min(most_rows, 32 if parts else 64, max(16, 1 << (rows - 1).bit_length()))
     pieces = {f"{name}{i + 1}": n for name, ns in (widths | padded).items() for i, n in enumerate(ns)}
     sizes = {"HEADS": q.size(1), "ROWS": rows, "D": dim, "D_V": value_dim, "SHARED": shared, "PARTS": parts}
     blocks = {"BLOCK_ROWS": block_rows, "BLOCK_KEYS": block_keys, "EXACT": q.device.type == "cpu"}
-    return sizes | pieces | blocks, BLOCKS[block_rows][1]
+    return sizes | pieces | blocks, {"num_warps": BLOCKS[block_rows][1], "num_stages": stages}
 
 
 def _pieces(width: int) -> tuple[int, int]:
