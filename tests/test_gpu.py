@@ -85,7 +85,7 @@ for attention in kinds:
         model(tokens, cache=cache)
         with Names() as ran:
             model(tokens[:, :1], cache=cache)
-    assert any("attention" in name for name in ran.names), ran.names
+    assert any("attention" in name or name == "attend_on_gpu" for name in ran.names), ran.names
     assert not any("cudnn" in name for name in ran.names), ran.names
 for kind in ("adamw", "muon"):
     for fused in (True, False):
@@ -119,6 +119,66 @@ for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 0.02), (torch.bf
     torch.testing.assert_close(loss.cpu(), expected, rtol=tolerance, atol=0)
     for ours, theirs in zip(torch.autograd.grad(loss, on_gpu), gradients, strict=True):
         assert (ours.cpu() - theirs).norm() < tolerance * theirs.norm(), dtype
+"""
+
+# One query over a cache by our own kernel: at the widths and numbers of heads that models have, and in models.
+DECODING_KERNEL = """
+import torch
+from mla_lm.attention import gpu_kernel
+from mla_lm.attention.kv_cache import dequantize, quantize
+
+torch.manual_seed(0)
+shapes = [(1, 6, 576, 512), (3, 128, 576, 512), (2, 32, 416, 384), (32, 12, 288, 256), (2, 4, 80, 64)]
+shapes += [(1, 64, 416, 384), (2, 8, 128, 128), (2, 5, 48, 40)]
+for batch, rows, dim, value_dim in shapes:
+    for keys in (1, 63, 1000, 8192):
+        for dtype in (torch.bfloat16, torch.float16):
+            q = (2 * dim**-0.5 * torch.randn(batch, 1, rows, dim, device="cuda")).to(dtype)
+            k = torch.randn(batch, 1, keys + 7, dim, device="cuda").to(dtype)[:, :, :keys]
+            parts = (value_dim, dim - value_dim)[: 1 + (value_dim < dim)]
+            values, scales = quantize(k, parts)
+            apart = torch.randn(batch, 1, keys, value_dim, device="cuda").to(dtype)
+            back = dequantize(values, scales, parts, torch.float32)
+            latents = (values[..., :value_dim], scales, scales[..., :1])
+            calls = [(k, k[..., :value_dim], None, None, k), (k, apart, None, None, k), (values, *latents, back)]
+            for key, value, key_scales, value_scales, exact in calls:
+                out = gpu_kernel.attend_to_all(q, key, value, key_scales, value_scales)
+                v = back[..., :value_dim] if key_scales is not None else value
+                weights = (q.double() @ exact.double().mT).softmax(-1)
+                off = (out - weights @ v.double()).abs()
+                assert (off <= 2**-7 * (weights @ v.double().abs()) + 1e-4).all(), (dim, rows, keys, dtype, off.max())
+"""
+
+DECODING = """
+import torch
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.attention import gpu_kernel
+
+calls, launch = [], gpu_kernel.split_attention
+gpu_kernel.split_attention = lambda *call: calls.append(call) or launch(*call)
+torch.manual_seed(0)
+kinds = [AttentionConfig(kind="mla", kv_compressed_dim=64, rope_dim=16, nope_dim=16, value_dim=32)]
+kinds += [AttentionConfig(kind="mqa", num_kv_heads=1)]
+for attention in kinds:
+    model = Transformer(TransformerConfig(2, 128, 4, 64, 256, attention, vocab_size=100)).eval()
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "kv_down" in name or "k_proj" in name:
+            weight.data *= 4  # so that attention is far from even
+    tokens = torch.randint(100, (2, 64))
+    with torch.no_grad():
+        expected = model.cpu()(tokens)
+        model.cuda()
+        for compiled in (False, True):
+            step = torch.compile(model, dynamic=True, fullgraph=True) if compiled else model
+            for dtype, tolerance in ((torch.bfloat16, 0.02), (torch.int8, 0.03)):
+                calls.clear()
+                with torch.autocast("cuda", torch.bfloat16):
+                    cache = model.new_cache(2, 64, dtype=dtype)
+                    logits = [model(tokens[:, :8].cuda(), cache=cache)]
+                    logits += [step(tokens[:, i : i + 1].cuda(), cache=cache) for i in range(8, 64)]
+                decoded = torch.cat(logits, 1).float().cpu()
+                assert (decoded - expected).norm() < tolerance * expected.norm(), (attention.kind, dtype)
+                assert len(calls) == 2 * 56, len(calls)  # in each layer, at each step
 """
 
 MEMORY_OF_THE_LOSS = """
@@ -169,6 +229,16 @@ def test_kernels():
 
 def test_the_loss_and_its_gradients_are_those_of_the_cpu():
     run("-c", LOSS)
+
+
+def test_the_kernel_of_decoding():
+    pytest.importorskip("triton")
+    run("-c", DECODING_KERNEL)
+
+
+def test_decoding_by_the_kernel():
+    pytest.importorskip("triton")
+    run("-c", DECODING)
 
 
 def test_the_loss_takes_the_memory_that_is_planned():

@@ -56,6 +56,14 @@ class LayerCache:
         Raises:
             ValueError: there is no room for T more tokens; nothing is stored in that case.
         """
+        filled, dtype = self.store(*new), dtype or new[0].dtype
+        if not self.quantized:
+            return [tensor.to(dtype) for tensor in filled]
+        pairs = zip(filled[::2], filled[1::2], self.parts, strict=True)
+        return [dequantize(values, scales, parts, dtype) for values, scales, parts in pairs]
+
+    def store(self, *new: Tensor) -> list[Tensor]:
+        """`append` that returns views of all filled positions as they are stored: in int8, values and their scales."""
         end = self.length + new[0].size(2)
         if end > self.max_len:
             raise ValueError(f"the cache has room for {self.max_len} tokens: {self.length} are stored, {end} needed")
@@ -68,12 +76,7 @@ class LayerCache:
         for tensor, entry in zip(self.tensors, stored, strict=True):
             tensor[:, :, self.length : end] = entry
         self.length = end
-        filled = [tensor[:, :, :end] for tensor in self.tensors]
-        dtype = dtype or new[0].dtype
-        if not self.quantized:
-            return [tensor.to(dtype) for tensor in filled]
-        pairs = zip(filled[::2], filled[1::2], self.parts, strict=True)
-        return [dequantize(values, scales, parts, dtype) for values, scales, parts in pairs]
+        return [tensor[:, :, :end] for tensor in self.tensors]
 
     def _grow(self, room: int) -> None:
         for i, tensor in enumerate(self.tensors):

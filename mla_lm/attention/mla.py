@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla_lm.attention import cpu_kernel, mla_first_head
+from mla_lm.attention import gpu_kernel, mla_first_head
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.first_head import FirstHead
 from mla_lm.attention.kind import AttentionKind, TransformersForm
@@ -14,7 +14,7 @@ from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.mla_config import MLAConfig, MLAOptions
 from mla_lm.attention.rope import RotaryEmbedding, rotate
-from mla_lm.attention.sdpa import causal_attention
+from mla_lm.attention.sdpa import causal_attention, quantized_attention, takes_narrow_values
 
 
 class LatentNorm(nn.RMSNorm):
@@ -80,10 +80,13 @@ class MLA(AttentionLayer):
         if cache is None:
             out = self.decompressed(q_nope, q_rope, latent, k_rope, documents)
         else:
-            entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1)  # (B, T, kv_compressed_dim + rope_dim)
-            # Under autocast the new latent is fp32, as its norm is. The cache is read in the dtype of matrix products.
-            (entries,) = cache.append(entry.unsqueeze(1), dtype=q_nope.dtype)
-            out = self.over_entries(q_nope, q_rope, entries.squeeze(1))
+            entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1).unsqueeze(1)  # as wide as the latent and shared key
+            if cache.quantized and gpu_kernel.takes_int8(q_nope.transpose(1, 2), entry.size(-1)):
+                out = self.absorbed_int8(q_nope, q_rope, *cache.store(entry))
+            else:
+                # Under autocast the new latent is fp32, as its norm is. The cache is read in the dtype of products.
+                (entries,) = cache.append(entry, dtype=q_nope.dtype)
+                out = self.over_entries(q_nope, q_rope, entries.squeeze(1))
         return self.output(out)
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,14 +157,27 @@ class MLA(AttentionLayer):
         Shapes: q_nope (B, T, H, nope_dim), q_rope (B, T, H, rope_dim), entries (B, S, kv_compressed_dim + rope_dim),
         result (B, T, H, value_dim).
         """
-        w_uk, w_uv = self.up_weights(q_nope)
-        q = torch.cat((into_latents(q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1)
+        q, w_uv = self.absorbed_queries(q_nope, q_rope)
         key = entries.unsqueeze(1)  # (B, 1, S, kv_compressed_dim + rope_dim)
         latents = key[..., : self.config.kv_compressed_dim]  # the values
         # PyTorch's fused kernel needs values as wide as the key, so the RoPE part goes along and is dropped afterwards.
-        values = latents if cpu_kernel.takes(q, key, latents) else key
+        values = latents if takes_narrow_values(q, key, latents) else key
         out = causal_attention(q, key, values, self.scale)[..., : latents.size(-1)]  # (B, H, T, kv_compressed_dim)
         return out_of_latents(out, w_uv)
+
+    def absorbed_int8(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, scales: Tensor) -> Tensor:
+        """`absorbed` for one query over an int8 cache as it is stored, see `quantize`.
+
+        Shapes: as in `absorbed`, with entries (B, 1, S, kv_compressed_dim + rope_dim) and scales (B, 1, S, parts).
+        """
+        q, w_uv = self.absorbed_queries(q_nope, q_rope)
+        latents = entries[..., : self.config.kv_compressed_dim]
+        return out_of_latents(quantized_attention(q, entries, latents, scales, scales[..., :1], self.scale), w_uv)
+
+    def absorbed_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries of cached latents and keys, (B, H, T, kv_compressed_dim + rope_dim), and the heads' W^UV."""
+        w_uk, w_uv = self.up_weights(q_nope)
+        return torch.cat((into_latents(q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1), w_uv
 
     def up_weights(self, q_nope: Tensor) -> tuple[Tensor, Tensor]:
         """W^UK and W^UV of each of the heads, (H, nope_dim | value_dim, kv_compressed_dim), in the queries' dtype."""

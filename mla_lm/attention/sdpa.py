@@ -1,4 +1,4 @@
-"""Causal attention by PyTorch's fused kernels for any head sizes, or by our own in compiled decoding on a CPU."""
+"""Causal attention by PyTorch's fused kernels for any head sizes, or by our own in decoding."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from mla_lm.attention import cpu_kernel
+from mla_lm.attention import cpu_kernel, gpu_kernel
 
 QUERIES = 256  # in a block of plain attention: fewer skip more of what the mask hides, more make fewer, larger products
 MOST_PLAIN_KEYS = 1024  # in bf16 on a CPU, products and a softmax are faster than the fused kernel up to this
@@ -36,6 +36,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return _plain(q, k, v, scale)
     if cpu_kernel.takes(q, k, v):
         return cpu_kernel.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
+    if gpu_kernel.takes(q, k, v):
+        return gpu_kernel.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
+    if _shared_on_gpu(q, k):
+        return _attend_to_all(_rows(q, k), k, v, scale).reshape(*q.shape[:3], -1)
     dim, value_dim = q.size(-1), v.size(-1)
     if value_dim < dim:
         v = F.pad(v, (0, dim - value_dim))
@@ -54,6 +58,30 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=k.size(1) < q.size(1)
     )
     return out[..., :value_dim]
+
+
+def takes_narrow_values(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `causal_attention` reads values narrower than the keys as they are, and does not pad them first."""
+    return cpu_kernel.takes(q, k, v) or _shared_on_gpu(q, k)
+
+
+def _shared_on_gpu(q: Tensor, k: Tensor) -> bool:
+    """Whether this is one query on a GPU over keys that several heads share, of which no fused kernel makes use."""
+    return q.size(2) == 1 and q.is_cuda and q.size(1) > k.size(1)
+
+
+def _attend_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention without a mask by plain products, whose few scores are stored; q is (B, H_kv, rows, D)."""
+    return (q * scale @ k.mT).softmax(-1) @ v  # softmax sums in fp32 internally
+
+
+def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor, scale: float) -> Tensor:
+    """`causal_attention` of one query over an int8 cache, for queries that `gpu_kernel.takes_int8`.
+
+    The scales are those of `quantize`, with shapes as in `gpu_kernel.attend_to_all`.
+    """
+    out = gpu_kernel.attend_to_all(_rows(q, k) * scale, k, v, k_scales, v_scales)
+    return out.to(q.dtype).reshape(*q.shape[:3], -1)
 
 
 def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -78,7 +78,7 @@ def test_it_compiles_for_a_gpu_and_spills_nothing():
     signature = {"logits": "*bf16", "targets": "*i64", "losses": "*fp32", "stride": "i64", "width": "i32"}
     constants = {"GRADIENT": True, "BLOCK": triton_loss.LARGEST_BLOCK}
     found = triton_kernels.compiled(
-        triton_loss._cross_entropy, {**signature, "vocab_size": "i32"}, constants, triton_loss.WARPS
+        triton_loss._cross_entropy, {**signature, "vocab_size": "i32"}, constants, num_warps=triton_loss.WARPS
     )
     assert found["stack"] == 0, found
     assert found["registers"] <= 64, found  # so that four programs share a multiprocessor's
