@@ -94,6 +94,8 @@ def triton_failure() -> str | None:
     """Why our Triton kernels do not run on this machine's GPU; None: they do."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if torch.version.hip is not None:
+        return "on AMD's GPUs they have not been tried"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than Ampere"
     return None
@@ -104,7 +106,7 @@ def choose_kernels(device: str) -> list[str]:
     if device != "cuda":
         return []
     failure = triton_failure()
-    return [f"kernels     {f'of PyTorch alone ({failure})' if failure else 'our own for the loss'}"]
+    return [f"kernels     {f'of PyTorch alone ({failure})' if failure else 'our own for the loss and for decoding'}"]
 
 
 def choose_compile(

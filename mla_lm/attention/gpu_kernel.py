@@ -43,7 +43,7 @@ def takes_int8(q: Tensor, width: int) -> bool:
 def _runs_here() -> bool:
     from mla_lm.hardware import triton_failure  # here, because not every system has all the modules that it needs
 
-    return torch.version.hip is None and triton_failure() is None
+    return triton_failure() is None
 
 
 def attend_to_all(
