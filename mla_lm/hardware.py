@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -98,6 +99,12 @@ def triton_failure() -> str | None:
         return "on AMD's GPUs they have not been tried"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the GPU is older than Ampere"
+    import triton
+
+    try:
+        _ = triton.runtime.driver.active.utils  # pyright: ignore[reportAttributeAccessIssue] - built by a C compiler
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        return f"Triton does not work here: {' '.join(str(error).split())}"
     return None
 
 

@@ -27,14 +27,16 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
     Keys that no other head shares are left to PyTorch's FlashAttention, which reads each once and splits them too.
     Shapes are as in `causal_attention`.
     """
-    return q.size(1) > k.size(1) and q.dtype == k.dtype and v.size(3) <= WIDEST and takes_int8(q, q.size(3))
+    return q.size(1) > k.size(1) and q.dtype == k.dtype and v.size(3) <= WIDEST and _serves(q, q.size(3))
 
 
 def takes_int8(q: Tensor, width: int) -> bool:
-    """Whether the kernel serves the queries (B, H, T, D) over an int8 cache whose keys have this width.
+    """Whether the kernel serves the queries (B, H, T, D) over an int8 cache whose keys have this width."""
+    return _serves(q, width)
 
-    It takes one query in half precision, without gradients, on NVIDIA's Ampere and later, where Triton is installed.
-    """
+
+def _serves(q: Tensor, width: int) -> bool:
+    """Whether this is one query in half precision, without gradients, on a GPU that runs our kernels."""
     one = q.size(2) == 1 and not torch.is_grad_enabled() and width <= WIDEST
     return one and q.is_cuda and q.dtype in DTYPES and _runs_here()
 
@@ -56,7 +58,8 @@ def attend_to_all(
     Args:
         q: (B, H_kv, rows, D), already scaled; the query heads that share a key head are its rows
         k: (B, H_kv, S, D), in the dtype of q or int8
-        v: (B, H_kv, S, D_v), likewise; it may be k[..., :D_v], which is then read once
+        v: (B, H_kv, S, D_v), likewise; it may be k[..., :D_v], which in half precision is then read once. The last
+            dimension of k, v and the scales is contiguous
         k_scales: of int8 keys, (B, H_kv, S, 1), or (B, H_kv, S, 2): of the first D_v columns, and of the others
         v_scales: of int8 values, (B, H_kv, S, 1)
 
@@ -75,6 +78,7 @@ def split_attention(
     kernels: Any = triton_kernel  # its functions are called with a grid, and with options of the compiler
     batch, heads, rows, value_dim = *q.shape[:3], v.size(3)
     q, keys = q.contiguous(), k.size(2)
+    # Triton reads no block of int8 ahead that two products use, so its values are loaded on their own.
     same = k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and value_dim <= k.size(3) and k_scales is None
     fixed, options = constants(q, k, v, k_scales, same, most_rows)
     row_blocks = batch * heads * -(-rows // fixed["BLOCK_ROWS"])

@@ -111,7 +111,7 @@ class MHA(AttentionLayer):
         self.dropout = nn.Dropout(c.dropout)
 
     def matched_dim(self) -> int:
-        return len(slow_rows(self.rope))
+        return len(slow_rows(self.rope)) if self.config.rope_dim else 0
 
     def set_first_head(self, x: Tensor, head: FirstHead) -> None:
         weights = rotated_head(head, x, self.rope, self.scale)

@@ -10,7 +10,7 @@ Keys and values of a group of query heads are one tied state. With x_t the input
 u and r are cached. The equations are numbered here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.first_head import FirstHead, looking_back, unit
 from mla_lm.attention.gqa import GroupOptions, MHAConfig
-from mla_lm.attention.kind import AttentionKind
+from mla_lm.attention.kind import DERIVED, AttentionKind
 from mla_lm.attention.kv_cache import LayerCache, length
 from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
@@ -34,13 +34,18 @@ class GTAConfig(MHAConfig):
         UserError (a ValueError): the sizes are invalid or do not fit together.
     """
 
+    rope_dim: int = field(init=False, default=DERIVED)  # of MHA's heads; here half of each is rotated
+
     def __post_init__(self):
         super().__post_init__()
         if self.head_dim % 4:
             raise UserError(
                 f"a head of d_model / num_heads = {self.head_dim} must be divisible by 4: GTA rotates half of it"
             )
-        self.rope_dim = self.head_dim // 2
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.head_dim // 2
 
     @property
     def cached_elements(self) -> int:

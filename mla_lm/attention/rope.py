@@ -98,7 +98,7 @@ class RotaryEmbedding(nn.Module):
         base: float = 10000.0,
         yarn: YarnConfig | None = None,
         frequencies: list[float] | None = None,  # (dim/2,) radians per position; None: base^(-2i / rotated)
-        rotated: int | None = None,  # how many dimensions turn, those of the first pairs; None: all of `dim`
+        rotated: int | None = None,  # how many dimensions turn, those of the first pairs; None: all. YaRN sharpens all
     ):
         super().__init__()
         self.dim, self.seq_len, self.base, self.yarn = dim, seq_len, base, yarn or YarnConfig()

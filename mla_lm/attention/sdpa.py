@@ -30,16 +30,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         (B, H, T, D_v)
     """
     queries, keys = q.size(2), k.size(2)
-    if queries == 0:  # for which the CPU's kernel divides by zero, and ends the process
+    if q.numel() == 0:  # for which the kernels divide by zero, and that of the CPU ends the process
         return q.new_empty(*q.shape[:3], v.size(3))
     if queries == keys and stored_scores(q.device.type, q.dtype, keys):
         return _plain(q, k, v, scale)
-    if cpu_kernel.takes(q, k, v):
-        return cpu_kernel.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
-    if gpu_kernel.takes(q, k, v):
-        return gpu_kernel.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
+    for kernel in (cpu_kernel, gpu_kernel):
+        if kernel.takes(q, k, v):
+            return kernel.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
     if _shared_on_gpu(q, k):
-        return _attend_to_all(_rows(q, k), k, v, scale).reshape(*q.shape[:3], -1)
+        return _by_products(_rows(q, k) * scale, k, v).reshape(*q.shape[:3], -1)
     dim, value_dim = q.size(-1), v.size(-1)
     if value_dim < dim:
         v = F.pad(v, (0, dim - value_dim))
@@ -70,9 +69,9 @@ def _shared_on_gpu(q: Tensor, k: Tensor) -> bool:
     return q.size(2) == 1 and q.is_cuda and q.size(1) > k.size(1)
 
 
-def _attend_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention without a mask by plain products, whose few scores are stored; q is (B, H_kv, rows, D)."""
-    return (q * scale @ k.mT).softmax(-1) @ v  # softmax sums in fp32 internally
+def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without a mask, whose few scores are stored; q is (B, H_kv, rows, D), already scaled."""
+    return (q @ k.mT).softmax(-1) @ v  # softmax sums in fp32 internally
 
 
 def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor, scale: float) -> Tensor:

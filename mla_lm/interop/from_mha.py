@@ -73,7 +73,7 @@ def converted_config(
     keys = layer.num_kv_heads * head_dim
     if rope_dim % 2 or not 2 <= rope_dim <= keys:
         raise UserError(f"rope_dim={rope_dim} must be even, and at most the {keys} dimensions of all keys")
-    if plain_rope and layer.rope_dim % rope_dim:
+    if plain_rope and (layer.rope_dim == 0 or layer.rope_dim % rope_dim):
         raise UserError(
             f"rope_dim={rope_dim}: plain RoPE keeps every n-th of a head's pairs, so it must divide {layer.rope_dim}"
         )

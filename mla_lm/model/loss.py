@@ -72,7 +72,7 @@ class _MeanLoss(torch.autograd.Function):
         for part, target, grad_part in zip(x.split(rows), targets.split(rows), grad_x.split(rows), strict=True):
             part = part.to(dtype)
             logits = F.linear(part, matrix)
-            total, grad = (_in_place if in_place else _by_torch)(logits, target, len(weight))
+            total, grad = _in_place(logits, target, len(weight)) if in_place else _by_torch(logits, target)
             loss += total
             grad_part.copy_(grad @ matrix)
             grad_weight += (grad.T @ part)[: len(weight)]
@@ -89,7 +89,7 @@ class _MeanLoss(torch.autograd.Function):
         return grad_x * factor.to(grad_x.dtype), grad_weight * factor.to(grad_weight.dtype), None
 
 
-def _by_torch(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _by_torch(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the losses of all rows, and its gradient by the logits, (N, V), in their dtype."""
     targets = targets.unsqueeze(1)
     valid = targets != IGNORE

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mla_lm.attention import KINDS
 from mla_lm.attention.sdpa import stored_scores
+from mla_lm.hardware import triton_failure
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.loss import CHUNK_LOGITS, LEAST_ROWS
 from mla_lm.model.transformer import Transformer
@@ -114,7 +115,9 @@ def _loss_bytes(head: nn.Linear, tokens: int, dtype: torch.dtype, device: str) -
     logits = min(tokens, chunk) * vocab_size
     mixed = dtype != torch.float32
     matrix = head.weight.numel() * dtype.itemsize
-    if device == "cuda":  # gradients in the logits' place, a chunk's gradient of the weight, and the padded weight
+    if device == "cuda" and not (
+        torch.cuda.is_available() and triton_failure()
+    ):  # gradients in the logits' place, a chunk's gradient of the weight, and the padded weight
         return logits * dtype.itemsize + 2 * matrix
     per_logit = dtype.itemsize + 4 + 4 * mixed  # the logit, its probability in fp32, and autocast: the logit cast to it
     return logits * per_logit + matrix * (2 if mixed else 1)

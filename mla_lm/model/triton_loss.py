@@ -28,7 +28,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int, gradient: b
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     block = min(triton.next_power_of_2(logits.size(1)), LARGEST_BLOCK)
-    if len(logits):
+    if len(logits) == 0:
+        return losses
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
         _cross_entropy[(len(logits),)](
             logits,
             targets,

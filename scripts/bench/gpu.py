@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -103,17 +106,24 @@ def run_step(step: Step, out: Path, seconds: float) -> dict[str, Any]:
     print(f"{step.name}: {' '.join(step.command[1:])}", flush=True)
     started = time.monotonic()
     row = {"step": step.name, "ended": "no time left", "seconds": 0.0}
+    for old in ("json", "txt"):
+        (out / f"{step.name}.{old}").unlink(missing_ok=True)
     if seconds <= 0:
         return row
     figures = [f"--json={out.resolve() / step.name}.json"] if step.is_bench else []
     with (out / f"{step.name}.txt").open("w") as log, TemporaryDirectory() as elsewhere:
         folder = [f"hydra.run.dir={elsewhere}/run"] if step.name == "default_run" else []
         command = [*step.command, *figures, *folder]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            status = process.wait(seconds)
             row["ended"] = "well" if status == 0 else f"with status {status}"
         except subprocess.TimeoutExpired:
             row["ended"] = "stopped"
+        finally:  # also on Ctrl-C, which a session of its own does not get; with all that it has started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         summary = Path(elsewhere, "run", "summary.json")
         if summary.is_file():
             shutil.copy(summary, out / f"{step.name}.json")

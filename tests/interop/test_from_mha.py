@@ -94,6 +94,8 @@ def test_heads_of_which_a_part_is_rotated():
         assert error(model, convert(model, text(), 2 * HEAD_DIM, 4, plain_rope)) < 1e-4
     with pytest.raises(UserError, match="must divide 4"):
         convert(model, text(), 8, 8, plain_rope=True)
+    with pytest.raises(UserError, match="must divide 0"):
+        convert(model_of("mqa", rope_dim=0), text(), 8, 8, plain_rope=True)
 
 
 def test_refusals():

@@ -68,7 +68,18 @@ def test_low_rank_queries_and_a_latent_without_norm_can_begin_so():
     assert again < first - 0.03
 
 
-@pytest.mark.parametrize(("kind", "sizes"), [("mla", {"rope_dim": 0}), ("mha", {"rope_base": 2.0})])
+def test_mha_copies_better_with_dimensions_that_rope_leaves_as_they_are():
+    gains = []
+    for rope_dim in (None, 16):
+        first, again = losses_on_a_text_read_twice(small("mha", rope_dim=rope_dim))
+        gains.append(first - again)
+    assert gains[1] > gains[0] > 0
+
+
+NO_SUCH_HEAD = [("mla", {"rope_dim": 0}), ("mha", {"rope_dim": 0}), ("mha", {"rope_base": 2.0})]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), NO_SUCH_HEAD)
 def test_sizes_without_such_heads_say_so(kind, sizes):
     with pytest.raises(UserError, match=f"not made for model.attention.kind={kind} of these sizes"):
         small(kind, **sizes)

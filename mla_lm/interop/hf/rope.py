@@ -40,7 +40,7 @@ def rope_to_json(config: TransformerConfig, deepseek: bool) -> dict[str, Any]:
 
 
 def _longrope(layer: MHAConfig) -> dict[str, Any]:
-    """Heads of which a part is rotated: transformers' Llama rotates all pairs, each with a factor on its frequency."""
+    """RoPE's entries for partly rotated heads. transformers' Llama rotates all pairs; a factor of STILL stops one."""
     factors = _factors(layer)
     return {
         "rope_type": "longrope",
@@ -67,7 +67,7 @@ def rope_from_json(json: dict[str, Any], seq_len: int, deepseek: bool) -> dict[s
     """Make the RoPE fields of `AttentionConfig` from config.json.
 
     Raises:
-        UserError: the scaling is neither YaRN's nor one that `scripts.export` writes.
+        UserError: the scaling is neither YaRN's nor that of partly rotated heads without YaRN.
     """
     rope = json.get("rope_scaling") or json.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -91,7 +91,10 @@ def _from_longrope(json: dict[str, Any], rope: dict[str, Any], seq_len: int) -> 
     still = factors.count(STILL) if isinstance(factors, list) else 0
     layer = MHAConfig(*sizes, rope_base=base, rope_dim=MHAConfig(*sizes).head_dim - 2 * still)
     if not still or any(rope.get(name) != value for name, value in _longrope(layer).items() if name != "type"):
-        raise UserError("RoPE of type longrope is only supported where all that it does is to leave pairs as they are")
+        raise UserError(
+            "RoPE of type longrope is only supported as scripts.export writes it for model.attention.rope_dim without "
+            "YaRN"
+        )
     return {"rope_base": base, "rope_dim": layer.rope_dim}
 
 
