@@ -44,13 +44,13 @@ class GTAConfig(MHAConfig):
             )
 
     @property
-    def rotated_dim(self) -> int:
-        return self.head_dim // 2
-
-    @property
     def cached_elements(self) -> int:
         """Elements cached per token: the tied states and the rotated key."""
         return self.num_kv_heads * self.head_dim + self.rotated_dim
+
+    @property
+    def rotated_dim(self) -> int:
+        return self.head_dim // 2
 
 
 class GTA(AttentionLayer):

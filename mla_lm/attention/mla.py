@@ -80,7 +80,8 @@ class MLA(AttentionLayer):
         if cache is None:
             out = self.decompressed(q_nope, q_rope, latent, k_rope, documents)
         else:
-            entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1).unsqueeze(1)  # as wide as the latent and shared key
+            # (B, 1, T, kv_compressed_dim + rope_dim)
+            entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1).unsqueeze(1)
             if cache.quantized and gpu_kernel.takes_int8(q_nope.transpose(1, 2), entry.size(-1)):
                 out = self.absorbed_int8(q_nope, q_rope, *cache.store(entry))
             else:

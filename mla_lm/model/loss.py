@@ -7,7 +7,7 @@ from torch import Tensor
 from mla_lm.hardware import runs_triton
 
 IGNORE = -100  # a target that does not count
-CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}  # logits at once: what a CPU's caches hold; 0.5 GiB on a GPU
+CHUNK_LOGITS = {"cpu": 2**18, "cuda": 2**27}  # logits at once: what a CPU's caches hold; in bf16 0.25 GiB
 MULTIPLE = 64  # on a GPU, products are fastest where the logits of a row are a multiple of this
 LEAST_ROWS = 512  # in smaller chunks, accumulating the weight's gradient takes longer than the products
 

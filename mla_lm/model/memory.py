@@ -115,9 +115,9 @@ def _loss_bytes(head: nn.Linear, tokens: int, dtype: torch.dtype, device: str) -
     logits = min(tokens, chunk) * vocab_size
     mixed = dtype != torch.float32
     matrix = head.weight.numel() * dtype.itemsize
-    if device == "cuda" and not (
-        torch.cuda.is_available() and triton_failure()
-    ):  # gradients in the logits' place, a chunk's gradient of the weight, and the padded weight
+    without_kernel = torch.cuda.is_available() and triton_failure()  # a plan for a GPU elsewhere counts on the kernel
+    if device == "cuda" and not without_kernel:
+        # Gradients lie in the logits' place; there are a chunk's gradient of the weight, and the padded weight.
         return logits * dtype.itemsize + 2 * matrix
     per_logit = dtype.itemsize + 4 + 4 * mixed  # the logit, its probability in fp32, and autocast: the logit cast to it
     return logits * per_logit + matrix * (2 if mixed else 1)

@@ -11,8 +11,8 @@ from mla_lm.keys import check_at_least
 class ScheduleConfig:
     """Warm-up, then cosine decay; or warm-up, a stable phase, then linear decay (wsd, arXiv 2404.06395).
 
-    Training may begin on shorter windows than the model's seq_len (arXiv 2108.06084): those of the data
-    are cut into pieces, so that the tokens and their order stay the same.
+    Training may begin on shorter windows than the model's seq_len (arXiv 2108.06084): those of the data are cut into
+    pieces, so that the tokens and their order stay the same.
     """
 
     kind: str = "cosine"  # cosine | wsd

@@ -12,7 +12,7 @@ from mla_lm.files import write_atomically
 from mla_lm.terminal import cli
 from mla_lm.terminal.tables import table
 from scripts.bench import checkpoint, crossover, decode, gpu, loader, loss, shakespeare, start, train
-from scripts.bench.measure import cell, setup
+from scripts.bench.measure import cell, cells, setup
 
 COMMANDS = {
     "train": train,
@@ -51,7 +51,7 @@ def main() -> None:
         print(" ".join(f"{name}={value}" for name, value in line.items()))
     result = bench(argparse.Namespace(**args))
     rows = result["rows"]
-    print(table([list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]))
+    print(table(cells(rows)))
     for name, value in result["ratios"].items():
         print(f"ratio to {name}: {', '.join(map(cell, value)) if isinstance(value, list) else cell(value)}")
     if out:

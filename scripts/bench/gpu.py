@@ -28,11 +28,14 @@ ROOT = Path(__file__).parents[2]
 
 
 class Step(NamedTuple):
-    """A command and the name under which its results are kept; a benchmark also writes JSON."""
+    """A command and the name under which its results are kept.
+
+    In the command, {json} stands for the file that its figures go to, and {run} for the folder of a training run, whose
+    summary is its figures.
+    """
 
     name: str
     command: list[str]
-    is_bench: bool = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,19 +64,16 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         run = ["logger=none"]
         models = ["6x384", "medium", "serving", "large"]
     return [
-        Step("checks", [*_module("pytest"), "-q", "-rs", "tests/test_gpu.py"], is_bench=False),
-        Step("default_run", [sys.executable, "train.py", *run], is_bench=False),
-        Step("loss", [*_module("scripts.bench"), "loss", *loss]),
-        Step("train", [*_module("scripts.bench"), "train", *training, *beside]),
-        *(
-            Step(f"decode_{model}", [*_module("scripts.bench"), "decode", f"--model={model}", *decoding])
-            for model in models
-        ),
+        Step("checks", [sys.executable, "-m", "pytest", "-q", "-rs", "tests/test_gpu.py"]),
+        Step("default_run", [sys.executable, "train.py", *run, "hydra.run.dir={run}"]),
+        Step("loss", [*_bench("loss"), *loss]),
+        Step("train", [*_bench("train"), *training, *beside]),
+        *(Step(f"decode_{model}", [*_bench("decode"), f"--model={model}", *decoding]) for model in models),
     ]
 
 
-def _module(name: str) -> list[str]:
-    return [sys.executable, "-m", name]
+def _bench(name: str) -> list[str]:
+    return [sys.executable, "-m", "scripts.bench", name, "--json={json}"]
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,10 +110,10 @@ def run_step(step: Step, out: Path, seconds: float) -> dict[str, Any]:
         (out / f"{step.name}.{old}").unlink(missing_ok=True)
     if seconds <= 0:
         return row
-    figures = [f"--json={out.resolve() / step.name}.json"] if step.is_bench else []
+    figures = out.resolve() / f"{step.name}.json"
     with (out / f"{step.name}.txt").open("w") as log, TemporaryDirectory() as elsewhere:
-        folder = [f"hydra.run.dir={elsewhere}/run"] if step.name == "default_run" else []
-        command = [*step.command, *figures, *folder]
+        run = Path(elsewhere, "run")
+        command = [part.replace("{json}", str(figures)).replace("{run}", str(run)) for part in step.command]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             status = process.wait(seconds)
@@ -124,9 +124,8 @@ def run_step(step: Step, out: Path, seconds: float) -> dict[str, Any]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        summary = Path(elsewhere, "run", "summary.json")
-        if summary.is_file():
-            shutil.copy(summary, out / f"{step.name}.json")
+        if (run / "summary.json").is_file():
+            shutil.copy(run / "summary.json", figures)
     return row | {"seconds": time.monotonic() - started}
 
 
@@ -146,5 +145,5 @@ def report(out: Path, rows: list[dict[str, Any]]) -> str:
 def as_cells(figures: dict[str, Any]) -> list[list[str]]:
     """The table of a benchmark, or the summary of a run."""
     if rows := figures.get("rows"):
-        return [list(rows[0]), *([measure.cell(value) for value in row.values()] for row in rows)]
+        return measure.cells(rows)
     return [["figure", "value"], *([name, measure.cell(value)] for name, value in figures.items())]

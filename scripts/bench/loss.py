@@ -24,11 +24,7 @@ SIZES = {"tokens": 32768, "d-model": 768, "vocab-size": 50257}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for name, default in SIZES.items():
-        parser.add_argument(
-            f"--{name}", type=measure.at_least_one, default=default, metavar="N", help="default: %(default)s"
-        )
-    parser.add_argument("--precision", choices=("auto", "bf16-mixed", "32-true"), default="auto", help="as train.py's")
+    measure.add_sizes(parser, SIZES)
     measure.add_repeats(parser)
     measure.add_device(parser)
 

@@ -41,6 +41,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, int]) -> None:
+    """An option for each size, which takes a whole number, and the option --precision."""
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=at_least_one, default=default, metavar="N", help="default: %(default)s")
+    parser.add_argument("--precision", choices=("auto", "bf16-mixed", "32-true"), default="auto", help="as train.py's")
+
+
 def add_repeats(parser: argparse.ArgumentParser, default: int = 5) -> None:
     """The option --repeats."""
     parser.add_argument(
@@ -111,6 +118,11 @@ def resident_bytes(peak: bool = False) -> int:
         sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return int(sizes["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
     return peak_memory_bytes("cpu")
+
+
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of figures as those of a table, under the names of the first."""
+    return [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
 
 
 def cell(value: object) -> str:

@@ -43,11 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_work(parser: argparse.ArgumentParser, vocab_size: int = 65) -> None:
     """What is trained, and how ours is."""
-    for name, default in {**SIZES, "vocab-size": vocab_size}.items():
-        parser.add_argument(
-            f"--{name}", type=measure.at_least_one, default=default, metavar="N", help="default: %(default)s"
-        )
-    parser.add_argument("--precision", choices=("auto", "bf16-mixed", "32-true"), default="auto", help="as train.py's")
+    measure.add_sizes(parser, {**SIZES, "vocab-size": vocab_size})
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="the network (default: where it can be)"
     )

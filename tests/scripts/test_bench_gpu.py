@@ -36,8 +36,8 @@ def test_every_step_leaves_its_figures_and_the_report_has_their_tables(tmp_path)
 
 
 def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch):
-    fails = gpu.Step("fails", ["python", "-c", "raise SystemExit(3)"], is_bench=False)
-    works = gpu.Step("works", ["python", "-c", "print('it works')"], is_bench=False)
+    fails = gpu.Step("fails", ["python", "-c", "raise SystemExit(3)"])
+    works = gpu.Step("works", ["python", "-c", "print('it works')"])
     monkeypatch.setattr(gpu, "steps_of", lambda args: [fails, works])
     succeeded(call(tmp_path, "gpu", "--out=out", "--json=all.json"))
     rows = json.loads((tmp_path / "all.json").read_text())["rows"]
@@ -46,7 +46,7 @@ def test_a_step_that_fails_stops_no_other(tmp_path, monkeypatch):
 
 
 def test_time_runs_out(tmp_path):
-    endless = gpu.Step("endless", ["python", "-c", "import time; time.sleep(60)"], is_bench=False)
+    endless = gpu.Step("endless", ["python", "-c", "import time; time.sleep(60)"])
     assert gpu.run_step(endless, tmp_path, seconds=1.0)["ended"] == "stopped"
     assert gpu.run_step(endless, tmp_path, seconds=0.0)["ended"] == "no time left"
 

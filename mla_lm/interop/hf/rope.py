@@ -1,6 +1,7 @@
 """Conversion of RoPE and YaRN settings to entries of transformers' config.json, and back."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,15 +19,20 @@ def rope_to_json(config: TransformerConfig, deepseek: bool) -> dict[str, Any]:
     base, yarn, layer = config.attention.rope_base, config.attention.yarn, config.layer_config()
     if isinstance(layer, MHAConfig) and layer.rope_dim < layer.head_dim:
         scaling = _longrope(layer)
-        return {"rope_parameters": {**scaling, "rope_theta": base}, "rope_theta": base, "rope_scaling": scaling}
-    if yarn.factor == 1:
+    elif yarn.factor == 1:
         plain = {"rope_type": "default", "rope_theta": base}
         return {"rope_parameters": plain, "rope_theta": base, "rope_scaling": None}
+    else:
+        scaling = _yarn_to_json(yarn, config.seq_len, deepseek)
+    return {"rope_parameters": {**scaling, "rope_theta": base}, "rope_theta": base, "rope_scaling": scaling}
+
+
+def _yarn_to_json(yarn: YarnConfig, seq_len: int, deepseek: bool) -> dict[str, Any]:
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
         "type": "yarn",
         "factor": yarn.factor,
-        "original_max_position_embeddings": _plain(yarn.trained_length(config.seq_len)),
+        "original_max_position_embeddings": _plain(yarn.trained_length(seq_len)),
         "beta_fast": yarn.beta_fast,
         "beta_slow": yarn.beta_slow,
     }
@@ -36,7 +42,7 @@ def rope_to_json(config: TransformerConfig, deepseek: bool) -> dict[str, Any]:
             scaling["attention_factor"] = yarn.amplitude
     elif yarn.mscale != 1:  # Llama rotates whole heads, so the cosines and sines carry all of the sharpening
         scaling["attention_factor"] = sharpening(yarn.factor, yarn.mscale)
-    return {"rope_parameters": {**scaling, "rope_theta": base}, "rope_theta": base, "rope_scaling": scaling}
+    return scaling
 
 
 def _longrope(layer: MHAConfig) -> dict[str, Any]:
@@ -71,31 +77,31 @@ def rope_from_json(json: dict[str, Any], seq_len: int, deepseek: bool) -> dict[s
     """
     rope = json.get("rope_scaling") or json.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    base = float(rope.get("rope_theta", json.get("rope_theta", 10000.0)))
     if kind == "longrope" and not deepseek:
-        return _from_longrope(json, rope, seq_len)
+        return {"rope_base": base, "rope_dim": _dim_of_longrope(json, rope, seq_len, base)}
     if kind not in ("default", "yarn"):
         raise UserError(f"RoPE of type {kind} is not supported: it must be default or yarn")
     for name, needed in (("partial_rotary_factor", 1), ("truncate", True)):
         if (found := rope.get(name, json.get(name, needed))) != needed:
             raise UserError(f"{name}={found} of RoPE is not supported: it must be {needed}")
-    fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta", json.get("rope_theta", 10000.0)))}
+    fields: dict[str, Any] = {"rope_base": base}
     if kind == "yarn":
         fields["yarn"] = _yarn_from_json(rope, seq_len, deepseek)
     return fields
 
 
-def _from_longrope(json: dict[str, Any], rope: dict[str, Any], seq_len: int) -> dict[str, Any]:
-    """Read what `_longrope` writes for heads of which a part is rotated, without YaRN."""
-    sizes = json["hidden_size"], json["num_attention_heads"], seq_len
-    base, factors = float(rope.get("rope_theta", json.get("rope_theta", 10000.0))), rope.get("short_factor")
+def _dim_of_longrope(json: dict[str, Any], rope: dict[str, Any], seq_len: int, base: float) -> int:
+    """How much of each head is rotated, from the entries that `_longrope` writes without YaRN."""
+    whole, factors = MHAConfig(json["hidden_size"], json["num_attention_heads"], seq_len), rope.get("short_factor")
     still = factors.count(STILL) if isinstance(factors, list) else 0
-    layer = MHAConfig(*sizes, rope_base=base, rope_dim=MHAConfig(*sizes).head_dim - 2 * still)
+    layer = replace(whole, rope_base=base, rope_dim=whole.head_dim - 2 * still)
     if not still or any(rope.get(name) != value for name, value in _longrope(layer).items() if name != "type"):
         raise UserError(
             "RoPE of type longrope is only supported as scripts.export writes it for model.attention.rope_dim without "
             "YaRN"
         )
-    return {"rope_base": base, "rope_dim": layer.rope_dim}
+    return layer.rope_dim
 
 
 def _yarn_from_json(rope: dict[str, Any], seq_len: int, deepseek: bool) -> YarnConfig:
