@@ -38,7 +38,7 @@ def choose_accelerator(wanted: str) -> tuple[str, str]:
         raise UserError(
             f"trainer.accelerator={wanted}: this machine has none; trainer.accelerator=auto takes what it has"
         )
-    return device, "as asked"
+    return device, "as configured"
 
 
 def choose_precision(wanted: str, device: str) -> tuple[str, str]:
@@ -50,7 +50,7 @@ def choose_precision(wanted: str, device: str) -> tuple[str, str]:
     if wanted == "16-mixed" and device == "cpu":
         raise UserError("trainer.precision=16-mixed needs a GPU; on a CPU take bf16-mixed or 32-true")
     if wanted != "auto":
-        return wanted, "as asked"
+        return wanted, "as configured"
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16-mixed", "this GPU has bf16 matrix units"
@@ -138,7 +138,7 @@ def choose_compile(
     if wanted:
         check_compiler(device, "compile=true")
     if wanted is not None:
-        return wanted, "as asked"
+        return wanted, "as configured"
     if device not in COMPILE_SECONDS:
         return False, "not tried on this device"
     cost, estimated_seconds = COMPILE_SECONDS[device], seconds_at_peak / UTILIZATION

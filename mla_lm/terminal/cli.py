@@ -19,6 +19,14 @@ from mla_lm.keys import flatten, key_names, nearest
 from mla_lm.terminal.plain_text import say
 
 MOST_LINES, LONGEST_LINE = 3, 1000
+# What OmegaConf says of a value of the wrong type, and what a key with that type takes.
+TAKES = {
+    "converted to Integer": "a whole number",
+    "converted to Float": "a number",
+    "not a valid bool": "true or false",
+    "not a ListConfig": "a list, such as [a,b]",
+    "not a subclass of": "keys of its own, each with a value",
+}
 EXPLAINED = (UserError, TrainingFailed, HydraException, OmegaConfBaseException)  # `report` has words for all of them
 
 # Options of Hydra's own groups that another package brings, and what to install.
@@ -45,6 +53,7 @@ def run(main: Callable[[], object], schema: type | None = None) -> NoReturn:
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
+        say("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
@@ -135,7 +144,9 @@ def explain_hydra(error: Exception, schema: type | None = None) -> str:
             return f"unknown key {key[1]}{nearest(key[1], names)}"
     if isinstance(cause, OmegaConfBaseException):
         override = re.search(r"Error merging override (.+)", text)
-        return f"{override[1] if override else text.splitlines()[0]}: {str(cause).splitlines()[0]}"
+        key, complaint = override[1] if override else text.splitlines()[0], str(cause).splitlines()[0]
+        takes = next((what for words, what in TAKES.items() if words in complaint), None)
+        return f"{key}: {complaint}" if takes is None else f"{key}: {key.partition('=')[0]} takes {takes}"
     if "Ambiguous value" in text:
         return f"{text.splitlines()[0]}\n  -m runs all of them, one after another"
     if isinstance(error, OverrideParseException):

@@ -31,6 +31,7 @@ def test_statuses(capsys):
     assert status_of(TrainingFailed("diverged")) == 1
     assert status_of(Interrupted(signal.SIGTERM)) == 143
     assert status_of(KeyboardInterrupt()) == 130
+    assert capsys.readouterr().err.endswith("stopped by Ctrl-C\n")
     assert status_of(NotADirectoryError(20, "Not a directory", "a/b")) == 2
     assert capsys.readouterr().err.endswith("error: a/b: Not a directory\n")
 

@@ -14,7 +14,7 @@ from mla_lm.keys import flatten
 from mla_lm.model.config import TransformerConfig
 from mla_lm.training.resolve import Machine, Resolved, choose_machine, resolve
 
-MACHINE = Machine("cpu", "32-true", ["device      cpu (as asked)", "precision   32-true (as asked)"])
+MACHINE = Machine("cpu", "32-true", ["device      cpu (as configured)", "precision   32-true (as configured)"])
 SMALL = TransformerConfig(num_layers=1, d_model=32, num_heads=2, seq_len=32, ff_hidden=32)
 
 
@@ -52,7 +52,7 @@ def test_resolving_again_changes_nothing(config, store):
     config = resolve(config, MACHINE, store).config
     again = resolve(config, MACHINE, store)
     assert again.config == config
-    assert again.reasons[2] == "compile     False (as asked)"
+    assert again.reasons[2] == "compile     False (as configured)"
 
 
 def test_a_document_mask_needs_the_end_of_text(config, store):
