@@ -11,7 +11,7 @@ from pathlib import Path
 from mla_lm.files import write_atomically
 from mla_lm.terminal import cli
 from mla_lm.terminal.tables import table
-from scripts.bench import checkpoint, crossover, decode, gpu, loader, loss, shakespeare, start, train
+from scripts.bench import attention, checkpoint, crossover, decode, gpu, loader, loss, shakespeare, start, train
 from scripts.bench.measure import cell, cells, setup
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "decode": decode,
     "crossover": crossover,
     "loss": loss,
+    "attention": attention,
     "loader": loader,
     "start": start,
     "checkpoint": checkpoint,

@@ -53,13 +53,14 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         training = ["--layers=1", "--d-model=32", "--heads=2", "--seq-len=32", "--sequences=2"]
         training += ["--repeats=1", "--no-compile"]
         loss = ["--tokens=512", "--d-model=32", "--vocab-size=300", "--repeats=1"]
+        attention = ["--sequences=1", "--seq-len=64", "--repeats=1"]
         decoding = ["--context=32", "--batch=1", "--repeats=1", "--precision=bf16"]
         run = ["model=mla_tiny", "debug=limit", "logger=none"]
         models = ["6x384"]
     else:
         training = ["--layers=12", "--d-model=768", "--heads=12", "--seq-len=1024", "--sequences=16"]
         training += ["--vocab-size=50257", "--memory", "--repeats=3"]
-        loss = ["--repeats=10"]
+        loss = attention = ["--repeats=10"]
         decoding = ["--context=1024,8192,32768", "--batch=1,8,32,128", "--precision=bf16", "--compile", "--repeats=3"]
         run = ["logger=none"]
         models = ["6x384", "medium", "serving", "large"]
@@ -67,6 +68,7 @@ def steps_of(args: argparse.Namespace) -> list[Step]:
         Step("checks", [sys.executable, "-m", "pytest", "-q", "-rs", "tests/test_gpu.py"]),
         Step("default_run", [sys.executable, "train.py", *run, "hydra.run.dir={run}"]),
         Step("loss", [*_bench("loss"), *loss]),
+        Step("attention", [*_bench("attention"), *attention]),
         Step("train", [*_bench("train"), *training, *beside]),
         *(Step(f"decode_{model}", [*_bench("decode"), f"--model={model}", *decoding]) for model in models),
     ]

@@ -1,4 +1,4 @@
-"""scripts.bench gpu and loss at tiny sizes: what is measured is the same work, and every step leaves what it gave."""
+"""scripts.bench gpu, loss and attention at tiny sizes: contenders do the same work, every step leaves its figures."""
 
 import json
 
@@ -21,6 +21,15 @@ def test_the_loss_of_every_contender_is_the_same(tmp_path):
     assert [row["who"] for row in rows][:2] == ["ours", "plain"]
     assert all(row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-6) for row in rows)
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_attention_by_every_kernel_is_the_same(tmp_path):
+    sizes = ("--sequences=2", "--seq-len=40", "--repeats=1", "--precision=32-true")
+    succeeded(call(tmp_path, "attention", *sizes, "--json=out.json"))
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"small", "medium", "serving"}
+    assert {"ours", "math", "math, narrow"} <= {row["kernel"] for row in rows if row["model"] == "serving"}
+    assert all(row["largest difference"] < 1e-5 and row["ms"] > 0 for row in rows)
 
 
 def test_every_step_leaves_its_figures_and_the_report_has_their_tables(tmp_path):
