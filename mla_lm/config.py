@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from hydra.core.config_store import ConfigStore
 
 from mla_lm import keys
+from mla_lm.attention.fp8 import MULTIPLE
 from mla_lm.data.config import DataConfig, PartConfig
 from mla_lm.errors import UserError
 from mla_lm.keys import ADJUSTABLE, FROM_MACHINE, INCIDENTAL, RUN_PATH, check_at_least, check_choice, flatten, marked
@@ -36,6 +37,7 @@ class TrainerConfig:
     devices: int = marked(1, INCIDENTAL)
     num_nodes: int = marked(1, INCIDENTAL)
     precision: str = marked("auto", ADJUSTABLE | FROM_MACHINE)  # auto | bf16-mixed | 16-mixed | 32-true
+    fp8: bool = marked(False, ADJUSTABLE)  # products of the blocks' matrices in training; all else in precision
     profiler: str | None = marked(None, INCIDENTAL)  # simple | advanced
     overfit_batches: int | None = None  # train on the batches of the first so many steps only, again and again
 
@@ -200,6 +202,12 @@ class TrainConfig:
         if self.tokens_per_step < unit or self.tokens_per_step % unit:
             raise UserError(
                 f"tokens_per_step={self.tokens_per_step} must be a multiple of model.seq_len x devices = {unit}"
+            )
+        tokens = self.micro_batch_size * self.model.seq_len
+        if self.trainer.fp8 and tokens % MULTIPLE:
+            raise UserError(
+                f"trainer.fp8=true needs micro-batches of a multiple of {MULTIPLE} tokens, and these have {tokens}: "
+                f"model.seq_len={self.model.seq_len} could be one"
             )
 
 

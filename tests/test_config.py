@@ -29,8 +29,8 @@ MAY_CHANGE = [
     "kv_cache_dtype", "loss_by_position", "on_nonfinite", "step_timeout", "tags", "run.resume",
     "checkpoint.every_n_steps", "checkpoint.keep_last", "samples.max_tokens", "samples.temperature",
     "model.activation_checkpointing", "data.cache_dir", "data.num_workers", "data.prompts", "trainer.max_steps",
-    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.precision", "trainer.profiler",
-    "logger.kind", "logger.project", "logger.group", "logger.name",
+    "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.precision", "trainer.fp8",
+    "trainer.profiler", "logger.kind", "logger.project", "logger.group", "logger.name",
 ]  # fmt: skip
 
 
@@ -105,8 +105,9 @@ def test_differing_leaves_out_what_says_nothing_of_the_result():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("seed", 2), ("trainer.max_steps", 7), ("trainer.overfit_batches", 1), ("model.vocab_size", 300)),
-        *(("model.document_token", 2), ("data.path", "org/name"), ("data.tokenizer.path", "org/name")),
+        *(("seed", 2), ("trainer.max_steps", 7), ("trainer.overfit_batches", 1), ("trainer.fp8", True)),
+        *(("model.vocab_size", 300), ("model.document_token", 2), ("data.path", "org/name")),
+        ("data.tokenizer.path", "org/name"),
     ],
 )
 def test_what_decides_the_result_is_hashed(key, value):

@@ -85,6 +85,19 @@ class Transformer(nn.Module):
                 x, carried = block(x, documents=documents, carried=carried)
         return self.norm(x)
 
+    def train_in_fp8(self) -> list[str]:
+        """From now on compute the products of the blocks' matrices in fp8 in training mode, and nowhere else.
+
+        The rest is to run under autocast in bf16.
+
+        Returns:
+            the names, within a block, of the matrices whose sizes do not allow it; their products stay as they are
+        """
+        linears = {name: module for name, module in self.blocks.named_modules() if isinstance(module, Linear)}
+        for linear in linears.values():
+            linear.fp8 = linear.fits_fp8
+        return list(dict.fromkeys(name.split(".", 1)[1] for name, linear in linears.items() if not linear.fp8))
+
     @torch.no_grad()
     def prepare_decoding(self, dtype: torch.dtype, compiled: bool = False) -> "Transformer":
         """Convert the weights of matrix products for decoding, in place, and return the model; for inference only.

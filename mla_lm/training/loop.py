@@ -24,7 +24,7 @@ from mla_lm.runs.resume_point import ResumePoint, prepare_checkpoints
 from mla_lm.terminal.plain_text import say
 from mla_lm.terminal.unbreakable import unbreakable_output
 from mla_lm.training.datamodule import TextDataModule
-from mla_lm.training.resolve import choose_machine, resolve
+from mla_lm.training.resolve import Resolved, choose_machine, resolve
 from mla_lm.training.session import Session
 
 say_once = rank_zero_only(say)
@@ -58,6 +58,7 @@ def train(
     config = resolved.config
     datamodule = TextDataModule(config, store)
     net = _build_net(config, resume_point)
+    in_fp8 = _in_fp8(net, resolved)
     datamodule.start_step = _steps_done(config, run, resume_point)
     session = Session(resolved, run, store, net, began)
     table = size_table(config, DTYPES[config.trainer.precision])
@@ -67,7 +68,7 @@ def train(
     with unbreakable_output():
         say_once(to_yaml(config) if job is None else f"\njob         {run.path.name}: {shlex.join(job.overrides)}\n")
         origin = _where_from(config, resume_point)
-        say_once(table, "", *data_lines(store), *resolved.reasons, *origin, f"folder      {run.path}", "")
+        say_once(table, "", *data_lines(store), *resolved.reasons, *in_fp8, *origin, f"folder      {run.path}", "")
         return session.run_to_end(datamodule, resume_point)
 
 
@@ -106,6 +107,16 @@ def _build_net(config: TrainConfig, resume_point: ResumePoint | None) -> Transfo
     elif config.model.induction_init and not resume_point:
         begin_with_induction(net)
     return net
+
+
+def _in_fp8(net: Transformer, resolved: Resolved) -> list[str]:
+    """Train in fp8 if the configuration says so; return a line on that."""
+    if not resolved.config.trainer.fp8:
+        return []
+    left_out = net.train_in_fp8()
+    which = f"but {', '.join(left_out)}, whose sizes are no multiples of 16" if left_out else "of them"
+    slow = "; a CPU only imitates it, which is slow" if resolved.device == "cpu" else ""
+    return [f"fp8         products of the blocks' matrices in training, all {which}{slow}"]
 
 
 def _steps_done(config: TrainConfig, run: RunFolder, resume_point: ResumePoint | None) -> int:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from mla_lm.attention.fp8 import check_fp8
 from mla_lm.config import SweepJob, TrainConfig, TrainerConfig
 from mla_lm.data.store import TokenStore
 from mla_lm.data.tokenizer import vocabulary_size
@@ -49,6 +50,8 @@ def choose_machine(wanted: TrainerConfig) -> Machine:
         take_own_gpu()
     precision, why = choose_precision(wanted.precision, device)
     reasons.append(f"precision   {precision} ({why}{choose_products(device, precision)})")
+    if wanted.fp8:
+        check_fp8(device, precision)
     return Machine(device, precision, reasons + choose_kernels(device))
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mla_lm.attention.fp8 import check_fp8, fp8_failure
 from mla_lm.config import TrainerConfig
 from mla_lm.hardware import choose_compile, choose_precision, matmul_flops_per_second, synchronize
 from mla_lm.model.config import AttentionConfig, TransformerConfig
@@ -38,6 +39,9 @@ TINY = {"layers": 1, "sequences": 1, "vocab_size": 16}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nanogpt", metavar="DIR", help="a clone of nanoGPT, to compare with")
     add_work(parser)
+    parser.add_argument(
+        "--fp8", action=argparse.BooleanOptionalAction, help="also MLA in fp8 (default: on a GPU that has it)"
+    )
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each, in a process of its own")
 
 
@@ -60,13 +64,18 @@ class Contender(NamedTuple):
     kind: str  # mla | mha | nanogpt | transformers
     precision: str
     compiled: bool
+    fp8: bool = False  # of ours: what trainer.fp8 does
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.precision}{' compiled' * self.compiled}"
+        return f"{self.kind} {self.precision}{' fp8' * self.fp8}{' compiled' * self.compiled}"
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     settle(args)
+    if args.fp8:
+        check_fp8(args.device, args.precision)
+    elif args.fp8 is None:
+        args.fp8 = args.device == "cuda" and args.precision == "bf16-mixed" and not fp8_failure(args.device)
     if args.nanogpt:
         args.nanogpt = peers.nanogpt_folder(args.nanogpt)
     trainings = {contender: build(contender, args) for contender in contenders_of(args)}
@@ -105,6 +114,8 @@ def contenders_of(args: argparse.Namespace) -> list[Contender]:
     if args.device == "cuda":
         theirs.reverse()
     listed = [Contender("mla", *ours), Contender("mha", *ours)]
+    if args.fp8:
+        listed.append(Contender("mla", *ours, fp8=True))
     if args.nanogpt:
         listed += [Contender("nanogpt", *how) for how in dict.fromkeys(theirs)]
     return listed + [Contender("transformers", args.precision, how) for how in sorted({False, args.compile})]
@@ -127,7 +138,7 @@ def row_of(contender: Contender, training: Any, rounds: dict[Any, list[float]]) 
     ours, its = next(iter(rounds.values())), rounds[contender]
     return {
         "who": contender.kind,
-        "precision": contender.precision,
+        "precision": contender.precision + " fp8" * contender.fp8,
         "compiled": contender.compiled,
         "parameters": training.parameters,
         "first loss": training.first_loss,
@@ -196,7 +207,7 @@ def build(contender: Contender, args: argparse.Namespace) -> "OurTraining | peer
     if contender.kind == "transformers":
         flops = model_size(config).flops_per_token
         return peers.transformers_training(Transformer(config), flops, tokens, *how)
-    return OurTraining(config, tokens, *how, args.optimizer)
+    return OurTraining(config, tokens, *how, args.optimizer, contender.fp8)
 
 
 class OurTraining:
@@ -206,9 +217,18 @@ class OurTraining:
         model: its configuration
         tokens: (B, T + 1), the batch of every step, in one micro-batch
         optimizer: a name in conf/optimizer
+        fp8: as trainer.fp8
     """
 
-    def __init__(self, model: TransformerConfig, tokens: Tensor, precision: str, compiled: bool, optimizer: str):
+    def __init__(
+        self,
+        model: TransformerConfig,
+        tokens: Tensor,
+        precision: str,
+        compiled: bool,
+        optimizer: str,
+        fp8: bool = False,
+    ):
         self.tokens, self.device = tokens, tokens.device.type
         per_step = tokens[:, 1:].numel()
         self.config = replace(
@@ -221,6 +241,8 @@ class OurTraining:
         size = model_size(model)
         self.parameters, self.flops_per_token = size.parameters, size.flops_per_token
         net = Transformer(model)
+        if fp8:
+            net.train_in_fp8()
         if compiled:
             net.compile()
         no_text = torch.zeros(model.vocab_size, dtype=torch.int64)  # what validation alone reads

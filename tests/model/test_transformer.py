@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_lm import AttentionConfig, Transformer, UserError
 from mla_lm.hardware import DTYPES, inference_autocast
@@ -32,13 +33,17 @@ def test_logits_and_loss(kind):
 
 
 @each_kind
-def test_activation_checkpointing_changes_nothing(kind):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_activation_checkpointing_changes_nothing(kind, fp8):
     plain, saving = model_of(kind, dropout=0.2), model_of(kind, dropout=0.2, activation_checkpointing=True)
     tokens, targets = tokens_and_targets()
     losses = []
     for model in (plain, saving):
+        if fp8:
+            model.train_in_fp8()
         torch.manual_seed(1)  # the dropout of the recomputation is that of the first pass
-        losses.append(model(tokens, targets))
+        with torch.autocast("cpu", torch.bfloat16, enabled=fp8):
+            losses.append(model(tokens, targets))
         losses[-1].backward()
     assert torch.equal(*losses)
     for p, q in zip(plain.parameters(), saving.parameters(), strict=True):
@@ -81,6 +86,50 @@ def test_tied_and_untied_head(tied):
     model(*tokens_and_targets()).backward()
     unseen = model.embedding.weight.grad.abs().sum(1) == 0
     assert unseen.any() == (not tied)  # tied, each row gets the head's gradient
+
+
+class Products(TorchDispatchMode):
+    """Counts products in fp8."""
+
+    in_fp8 = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.in_fp8 += func is torch.ops.aten._scaled_mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def gradient(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """The gradients of all parameters, in one vector."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, tokens.roll(-1))
+    loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@each_kind
+def test_fp8_is_for_training_and_for_blocks_alone(kind):
+    model = model_of(kind)
+    tokens, _ = tokens_and_targets()
+    expected, logits, names = gradient(model, tokens), model.eval()(tokens), list(model.state_dict())
+    left_out = model.train_in_fp8()
+    assert torch.equal(model(tokens), logits)
+    assert list(model.state_dict()) == names
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    with Products() as ran:
+        found = gradient(model.train(), tokens)
+    linears = [name.split(".", 1)[1] for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)]
+    assert ran.in_fp8 == 3 * sum(name not in left_out for name in linears)
+    assert 0 < (found - expected).norm() < 0.2 * expected.norm()
+
+
+def test_what_does_not_fit_fp8_is_left_out():
+    sizes = {"d_model": 64, "num_heads": 4, "ff_hidden": 100}
+    attention = AttentionConfig(kind="mla", kv_compressed_dim=16, rope_dim=4, nope_dim=12, value_dim=16)
+    model = model_of("mla", **sizes, attention=attention, tie_embeddings=False)
+    feed_forward = [f"feed_forward.{name}_proj" for name in ("gate", "up", "down")]
+    assert model.train_in_fp8() == ["attention.kv_down", *feed_forward]  # 64 to 20, and 64 to 100 and back
+    assert not model.head.fp8
 
 
 @each_kind

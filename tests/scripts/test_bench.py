@@ -84,6 +84,18 @@ def test_train_beside_nanogpt(tmp_path):
     assert rows[2]["first loss"] == pytest.approx(math.log(65), rel=0.05)
 
 
+def test_train_in_fp8(tmp_path):
+    rows = figures(tmp_path, "train", *WORK, "--precision=bf16-mixed", "--fp8")["rows"]
+    assert [(row["who"], row["precision"]) for row in rows[:3]] == [
+        ("mla", "bf16-mixed"),
+        ("mha", "bf16-mixed"),
+        ("mla", "bf16-mixed fp8"),
+    ]
+    assert rows[2]["first loss"] == pytest.approx(rows[0]["first loss"], rel=1e-2)
+    assert rows[2]["first loss"] != rows[0]["first loss"]
+    refused(call(tmp_path, "train", *WORK, "--precision=32-true", "--fp8"), "trainer.precision=bf16-mixed")
+
+
 @with_nanogpt
 def test_nanogpt_has_the_size_of_our_mha():
     model = peers.nanogpt(Path(NANOGPT), n_layer=6, n_embd=384, n_head=6, block_size=256, vocab_size=65)
