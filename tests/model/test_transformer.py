@@ -205,17 +205,22 @@ def test_block_compiles_to_one_graph_once(kind):
     assert all(p.grad is not None for p in block.parameters())
 
 
-def test_compiled_model_breaks_at_the_loss_alone():
+@pytest.mark.parametrize("fp8", [False, True])
+def test_compiled_model_breaks_at_the_loss_alone(fp8):
     torch._dynamo.reset()
     model, (tokens, targets) = model_of("mla"), tokens_and_targets()
-    expected = model(tokens, targets)
+    if fp8:
+        model.train_in_fp8()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=fp8)
+    with autocast:
+        expected = model(tokens, targets)
     outputs = []  # of each compiled graph's each run
 
     def backend(graph, _):
         return lambda *args: outputs.append(graph(*args)) or outputs[-1]
 
     compiled = torch.compile(model, backend=backend)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with autocast, torch._dynamo.config.patch(error_on_recompile=True):
         losses = [compiled(tokens, targets) for _ in range(3)]
     assert [out[0].shape for out in outputs] == [(2, 16, 128)] * 3  # from the embedding to the last norm
     torch.testing.assert_close(losses[-1], expected)
