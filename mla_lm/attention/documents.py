@@ -37,7 +37,9 @@ class Documents:
         return cls(starts.int(), starts.diff().tolist(), positions.view(tokens.shape))
 
 
-def document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None) -> Tensor:
+def document_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None, position: Tensor | None = None
+) -> Tensor:
     """`causal_attention`; where documents are given, each attends to itself alone.
 
     Args:
@@ -45,12 +47,13 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents:
         k: (B, H_kv, T, D), H_kv a divisor of H
         v: (B, H_kv, T, D_v)
         scale: factor on the scores
+        position: see `causal_attention`; not together with documents
 
     Returns:
         (B, H, T, D_v)
     """
     if documents is None:
-        return causal_attention(q, k, v, scale)
+        return causal_attention(q, k, v, scale, position)
     B, T = q.size(0), q.size(2)
     rows = [t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)]  # (B * T, H | H_kv, D)
     if takes_all_at_once(q.device, q.dtype, max(q.size(3), v.size(3))):

@@ -22,12 +22,17 @@ BLOCKS = {64: (180 * 1024, 8), 32: (112 * 1024, 8), 16: (0, 4)}
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel serves this call: one query without gradients, over keys that several query heads share.
+    """Whether the kernel is the best for this call: one that it `serves`, over keys that several query heads share.
 
-    Keys that no other head shares are left to PyTorch's FlashAttention, which reads each once and splits them too.
-    Shapes are as in `causal_attention`.
+    Keys that no other head shares are left to PyTorch's FlashAttention, which reads each once and splits them too. But
+    it has no mask, which hides the keys beyond a fixed position.
     """
-    return q.size(1) > k.size(1) and q.dtype == k.dtype and v.size(3) <= WIDEST and _serves(q, q.size(3))
+    return q.size(1) > k.size(1) and serves(q, k, v)
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the kernel can compute this: one query, without gradients. Shapes are as in `causal_attention`."""
+    return q.dtype == k.dtype and v.size(3) <= WIDEST and _serves(q, q.size(3))
 
 
 def takes_int8(q: Tensor, width: int) -> bool:
@@ -49,9 +54,14 @@ def _runs_here() -> bool:
 
 
 def attend_to_all(
-    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    position: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T) v, where each query sees every key.
+    """softmax(q k^T) v, where each query sees every key, or every key up to a position.
 
     Sums and softmax are in fp32; the softmax weights are rounded to the dtype of q.
 
@@ -62,15 +72,23 @@ def attend_to_all(
             dimension of k, v and the scales is contiguous
         k_scales: of int8 keys, (B, H_kv, S, 1), or (B, H_kv, S, 2): of the first D_v columns, and of the others
         v_scales: of int8 values, (B, H_kv, S, 1)
+        position: of the last key that is seen, (1,) int64; no key beyond it is read
 
     Returns:
         (B, H_kv, rows, D_v) fp32
     """
-    return torch.ops.mla_lm.attend_on_gpu.default(q, k, v, k_scales, v_scales)
+    return torch.ops.mla_lm.attend_on_gpu.default(q, k, v, k_scales, v_scales, position)
 
 
 def split_attention(
-    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, processors: int, most_rows: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    position: Tensor | None,
+    processors: int,
+    most_rows: int,
 ) -> Tensor:
     """`attend_to_all` for a GPU of so many processors, whose programs hold at most so many rows."""
     from mla_lm.attention import triton_kernel  # here, because not everyone has Triton
@@ -82,14 +100,13 @@ def split_attention(
     same = k.data_ptr() == v.data_ptr() and k.stride() == v.stride() and value_dim <= k.size(3) and k_scales is None
     fixed, options = constants(q, k, v, k_scales, same, most_rows)
     row_blocks = batch * heads * -(-rows // fixed["BLOCK_ROWS"])
-    splits, split_keys = split(
-        row_blocks, keys, fixed["BLOCK_KEYS"], processors * (2 if options["num_warps"] == 4 else 1)
-    )
+    splits = split(row_blocks, keys, fixed["BLOCK_KEYS"], processors * (2 if options["num_warps"] == 4 else 1))
     parts = q.new_empty(batch, heads, rows, splits, value_dim, dtype=torch.float32)
     lse = q.new_empty(batch, heads, rows, splits, dtype=torch.float32)
     scales = [k if k_scales is None else k_scales, v if v_scales is None else v_scales]
     strides = [stride for tensor in (k, v, *scales) for stride in tensor.stride()[:3]]
-    kernels.attend[(row_blocks, splits)](q, k, v, *scales, parts, lse, keys, split_keys, *strides, **fixed, **options)
+    fixed["TO_POSITION"], last = position is not None, k if position is None else position
+    kernels.attend[(row_blocks, splits)](q, k, v, *scales, parts, lse, last, keys, *strides, **fixed, **options)
     if splits == 1:
         return parts.squeeze(3)
     out, block = _empty(q, k, v), 32
@@ -99,8 +116,10 @@ def split_attention(
     return out
 
 
-def split(programs: int, keys: int, block: int, wanted: int) -> tuple[int, int]:
-    """The number of splits of the keys, and the keys of each but the last, which make `wanted` programs in all.
+def split(programs: int, keys: int, block: int, wanted: int) -> int:
+    """The number of splits of the keys, which make `wanted` programs in all.
+
+    A split has as many blocks of keys as any other, and the last one what is left. The kernel counts them.
 
     Args:
         programs: their number without splits
@@ -108,8 +127,7 @@ def split(programs: int, keys: int, block: int, wanted: int) -> tuple[int, int]:
     """
     blocks = -(-keys // block)
     splits = max(1, min(wanted // programs, blocks // 2, MOST_SPLITS))
-    split_keys = -(-blocks // splits) * block
-    return -(-keys // split_keys), split_keys
+    return -(-blocks // -(-blocks // splits))
 
 
 def constants(
@@ -152,19 +170,23 @@ def _device(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, next(rows for rows, (needed, _) in BLOCKS.items() if needed <= room)
 
 
-def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> Tensor:
+def _attend_on_gpu(
+    q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None, v_scales: Tensor | None, position: Tensor | None
+) -> Tensor:
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return split_attention(q, k, v, k_scales, v_scales, *_device(q.device))
+        return split_attention(q, k, v, k_scales, v_scales, position, *_device(q.device))
 
 
-def _empty(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None) -> Tensor:
+def _empty(q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None) -> Tensor:
     return q.new_empty(*q.shape[:3], v.size(3), dtype=torch.float32)
 
 
 # The operator is opaque to torch.compile: it chooses the splits from the actual number of keys, so that one compiled
 # step serves every length.
 OPERATORS = torch.library.Library("mla_lm", "FRAGMENT")
-OPERATORS.define("attend_on_gpu(Tensor q, Tensor k, Tensor v, Tensor? k_scales, Tensor? v_scales) -> Tensor")
+OPERATORS.define(
+    "attend_on_gpu(Tensor q, Tensor k, Tensor v, Tensor? k_scales, Tensor? v_scales, Tensor? position) -> Tensor"
+)
 for device in ("CUDA", "CPU"):  # on a CPU in Triton's interpreter alone
     OPERATORS.impl("attend_on_gpu", _attend_on_gpu, device)
 torch.library.register_fake("mla_lm::attend_on_gpu", _empty, lib=OPERATORS)

@@ -10,7 +10,7 @@ from mla_lm.attention import gpu_kernel
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.first_head import FirstHead, rotated_head, slow_rows
 from mla_lm.attention.kind import DERIVED, AttentionKind, TransformersForm, check_positive
-from mla_lm.attention.kv_cache import LayerCache, length
+from mla_lm.attention.kv_cache import LayerCache, length, position
 from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
@@ -127,11 +127,11 @@ class MHA(AttentionLayer):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if cache is not None and cache.quantized and gpu_kernel.takes_int8(q, self.head_dim):
             k, k_scales, v, v_scales = cache.store(k, v)
-            out = quantized_attention(q, k, v, k_scales, v_scales, self.scale)
+            out = quantized_attention(q, k, v, k_scales, v_scales, self.scale, cache.position)
         else:
             if cache is not None:
                 k, v = cache.append(k, v, dtype=q.dtype)
-            out = document_attention(q, k, v, self.scale, documents)
+            out = document_attention(q, k, v, self.scale, documents, position(cache))
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
 
 

@@ -19,7 +19,7 @@ from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.first_head import FirstHead, looking_back, unit
 from mla_lm.attention.gqa import GroupOptions, MHAConfig
 from mla_lm.attention.kind import DERIVED, AttentionKind
-from mla_lm.attention.kv_cache import LayerCache, length
+from mla_lm.attention.kv_cache import LayerCache, length, position
 from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, rotate
@@ -96,7 +96,7 @@ class GTA(AttentionLayer):
         if cache is not None:
             state, k_rope = cache.append(state, k_rope, dtype=q.dtype)
         k = torch.cat((state[..., :half], k_rope.expand(-1, c.num_kv_heads, -1, -1)), dim=-1)  # eq. 3
-        out = document_attention(q, k, state, self.scale, documents)
+        out = document_attention(q, k, state, self.scale, documents, position(cache))
         return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
 
 

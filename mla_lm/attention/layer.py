@@ -73,8 +73,8 @@ class AttentionLayer(nn.Module):
     def init_weights(self) -> None:
         """Draw the weights that begin otherwise than the model's matrices do, which are N(0, 0.02^2)."""
 
-    def rotation(self, tokens: int, past: int, documents: Documents | None) -> tuple[Tensor, Tensor]:
-        """cos and sin of the `tokens` positions after `past` earlier ones.
+    def rotation(self, tokens: int, past: int | Tensor, documents: Documents | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of the `tokens` positions after `past` earlier ones; see `RotaryEmbedding.forward`.
 
         Returns:
             (T, D/2) each, or (B, T, D/2) where positions begin at documents

@@ -83,11 +83,11 @@ class MLA(AttentionLayer):
             # (B, 1, T, kv_compressed_dim + rope_dim)
             entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1).unsqueeze(1)
             if cache.quantized and gpu_kernel.takes_int8(q_nope.transpose(1, 2), entry.size(-1)):
-                out = self.absorbed_int8(q_nope, q_rope, *cache.store(entry))
+                out = self.absorbed_int8(q_nope, q_rope, *cache.store(entry), position=cache.position)
             else:
                 # Under autocast the new latent is fp32, as its norm is. The cache is read in the dtype of products.
                 (entries,) = cache.append(entry, dtype=q_nope.dtype)
-                out = self.over_entries(q_nope, q_rope, entries.squeeze(1))
+                out = self.over_entries(q_nope, q_rope, entries.squeeze(1), cache.position)
         return self.output(out)
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,11 +117,14 @@ class MLA(AttentionLayer):
     def scaled(self, latent: Tensor, width: int) -> Tensor:
         return latent * (self.config.d_model / width) ** 0.5 if self.config.latent_scale else latent
 
-    def over_entries(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
-        """Attention over cached entries, (B, S, kv_compressed_dim + rope_dim), by the cheaper path."""
+    def over_entries(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, position: Tensor | None = None) -> Tensor:
+        """Attention over cached entries, (B, S, kv_compressed_dim + rope_dim), by the cheaper path.
+
+        Here and in what it calls, `position` is that of `causal_attention`.
+        """
         if self.absorbing_is_cheaper(q_nope.size(1), entries.size(1)):
-            return self.absorbed(q_nope, q_rope, entries)
-        return self.decompressed(q_nope, q_rope, *self.split(entries))
+            return self.absorbed(q_nope, q_rope, entries, position)
+        return self.decompressed(q_nope, q_rope, *self.split(entries), position=position)
 
     def split(self, entries: Tensor) -> tuple[Tensor, Tensor]:
         """Entries as latents (B, S, kv_compressed_dim) and shared keys (B, S, 1, rope_dim)."""
@@ -129,7 +132,13 @@ class MLA(AttentionLayer):
         return latent, k_rope.unsqueeze(2)
 
     def decompressed(
-        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, documents: Documents | None = None
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        documents: Documents | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:
         """Attention on keys and values computed from the latents (eqs. 10, 11 and 16 to 18).
 
@@ -140,7 +149,7 @@ class MLA(AttentionLayer):
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, -1, v.size(2), -1)), dim=-1)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return document_attention(q, k, v, self.scale, documents).transpose(1, 2)
+        return document_attention(q, k, v, self.scale, documents, position).transpose(1, 2)
 
     def up(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Keys without position and values: (B, S, H, nope_dim) and (B, S, H, value_dim) (eqs. 10 and 11)."""
@@ -149,7 +158,7 @@ class MLA(AttentionLayer):
         k_nope, v = kv.split((c.nope_dim, c.value_dim), dim=-1)
         return k_nope, v
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, position: Tensor | None = None) -> Tensor:
         """Attention on the cached latents themselves, as multi-query attention with one wide key (appendix C).
 
         q_nope . (W^UK c) = (W^UK^T q_nope) . c, and sum_s p_s W^UV c_s = W^UV sum_s p_s c_s: no key and no value of
@@ -163,17 +172,20 @@ class MLA(AttentionLayer):
         latents = key[..., : self.config.kv_compressed_dim]  # the values
         # PyTorch's fused kernel needs values as wide as the key, so the RoPE part goes along and is dropped afterwards.
         values = latents if takes_narrow_values(q, key, latents) else key
-        out = causal_attention(q, key, values, self.scale)[..., : latents.size(-1)]  # (B, H, T, kv_compressed_dim)
-        return out_of_latents(out, w_uv)
+        out = causal_attention(q, key, values, self.scale, position)  # (B, H, T, kv_compressed_dim, or more)
+        return out_of_latents(out[..., : latents.size(-1)], w_uv)
 
-    def absorbed_int8(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, scales: Tensor) -> Tensor:
+    def absorbed_int8(
+        self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, scales: Tensor, position: Tensor | None = None
+    ) -> Tensor:
         """`absorbed` for one query over an int8 cache as it is stored, see `quantize`.
 
         Shapes: as in `absorbed`, with entries (B, 1, S, kv_compressed_dim + rope_dim) and scales (B, 1, S, parts).
         """
         q, w_uv = self.absorbed_queries(q_nope, q_rope)
         latents = entries[..., : self.config.kv_compressed_dim]
-        return out_of_latents(quantized_attention(q, entries, latents, scales, scales[..., :1], self.scale), w_uv)
+        out = quantized_attention(q, entries, latents, scales, scales[..., :1], self.scale, position)
+        return out_of_latents(out, w_uv)
 
     def absorbed_queries(self, q_nope: Tensor, q_rope: Tensor) -> tuple[Tensor, Tensor]:
         """The queries of cached latents and keys, (B, H, T, kv_compressed_dim + rope_dim), and the heads' W^UV."""

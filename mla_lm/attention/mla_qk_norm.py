@@ -81,10 +81,11 @@ class QKNormMLA(MLA):
         entry = torch.cat((latent, k_rope.squeeze(2), inverse_rms), dim=-1)
         (entries,) = cache.append(entry.unsqueeze(1), dtype=q_nope.dtype)
         entries = entries.squeeze(1)  # (B, S, kv_compressed_dim + rope_dim + H)
-        if self.absorbing_is_cheaper(x.size(1), cache.length):
-            return self.output(self.absorbed(q_nope, q_rope, entries))
+        if self.absorbing_is_cheaper(x.size(1), entries.size(1)):
+            return self.output(self.absorbed(q_nope, q_rope, entries, cache.position))
         latent, k_rope, inverse_rms = entries.split((c.kv_compressed_dim, c.rope_dim, c.num_heads), dim=-1)
-        return self.output(self.over_keys(q_nope, q_rope, *self.up(latent), k_rope.unsqueeze(2), inverse_rms))
+        keys = (*self.up(latent), k_rope.unsqueeze(2), inverse_rms)
+        return self.output(self.over_keys(q_nope, q_rope, *keys, position=cache.position))
 
     def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised queries of x: (B, T, H, nope_dim), and (B, T, H, rope_dim), rotated (eq. 2)."""
@@ -101,15 +102,16 @@ class QKNormMLA(MLA):
         k_rope: Tensor,
         inverse_rms: Tensor,
         documents: Documents | None = None,
+        position: Tensor | None = None,
     ) -> Tensor:
         """Attention on the keys themselves (eq. 2): (B, T, H, value_dim)."""
         k_nope = k_nope * self.k_head_weight[: self.config.nope_dim].to(k_nope.dtype)
         k = torch.cat((k_nope, k_rope.to(k_nope.dtype).expand(-1, -1, v.size(2), -1)), dim=-1)
         k = k * inverse_rms.to(k.dtype).unsqueeze(-1)
         q, k, v = (t.transpose(1, 2) for t in (torch.cat((q_nope, q_rope), dim=-1), k, v))
-        return document_attention(q, k, v, self.scale, documents).transpose(1, 2)
+        return document_attention(q, k, v, self.scale, documents, position).transpose(1, 2)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor) -> Tensor:
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, entries: Tensor, position: Tensor | None = None) -> Tensor:
         """Attention on the cached latents (eq. 3); shapes as in `MLA.absorbed`, with the inverse RMS in `entries`."""
         c = self.config
         w_uk, w_uv = self.up_weights(q_nope)
@@ -117,7 +119,7 @@ class QKNormMLA(MLA):
         q = torch.cat((into_latents(q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1)  # (B, H, T, d_c + rope_dim)
         key, inverse_rms = entries.split((c.kv_compressed_dim + c.rope_dim, c.num_heads), dim=-1)
         scores = (q.flatten(1, 2) @ key.mT).unflatten(1, q.shape[1:3])  # (B, H, T, S)
-        weights = causal_softmax(scores * (self.scale * inverse_rms.mT.unsqueeze(2)))
+        weights = causal_softmax(scores * (self.scale * inverse_rms.mT.unsqueeze(2)), position)
         out = (weights.flatten(1, 2) @ key[..., : c.kv_compressed_dim]).unflatten(1, q.shape[1:3])
         return out_of_latents(out, w_uv)
 

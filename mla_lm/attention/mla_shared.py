@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mla_lm.attention.documents import Documents
 from mla_lm.attention.kind import AttentionKind
-from mla_lm.attention.kv_cache import LayerCache, length
+from mla_lm.attention.kv_cache import LayerCache, length, position
 from mla_lm.attention.mla import MLA
 from mla_lm.attention.mla_config import MLAConfig, MLAOptions
 
@@ -46,7 +46,7 @@ class SharedMLA(MLA):
     ) -> Tensor:
         """Attention of the queries over what a pair shares (eq. 2), projected into the residual stream."""
         if cache is not None:
-            return self.output(self.over_entries(q_nope, q_rope, entries))
+            return self.output(self.over_entries(q_nope, q_rope, entries, position(cache)))
         latent, k_rope = self.split(entries)
         return self.output(self.decompressed(q_nope, q_rope, latent, k_rope, documents))
 
@@ -63,7 +63,8 @@ class SharedMLAReader(SharedMLA):
         self, x: Tensor, cache: LayerCache | None, documents: Documents | None, carried: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         assert carried is not None  # Transformer passes on what the layer before returned
-        cos, sin = self.rotation(x.size(1), carried.size(1) - x.size(1), documents)
+        at = position(cache)
+        cos, sin = self.rotation(x.size(1), carried.size(1) - x.size(1) if at is None else at, documents)
         q_nope, q_rope = self.queries(x, cos, sin)
         return self.over(q_nope, q_rope, carried, cache, documents), carried
 

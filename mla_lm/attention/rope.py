@@ -128,12 +128,17 @@ class RotaryEmbedding(nn.Module):
         self._fill()
         return self
 
-    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+    def forward(self, start: int | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """cos, sin of positions start .. start + length - 1, (length, dim/2) each.
+
+        Args:
+            start: as a tensor, (1,) int64: a single position on the device, which cannot be compared with `seq_len`
 
         Raises:
             ValueError: a position lies beyond `seq_len`.
         """
+        if isinstance(start, Tensor):
+            return self.cos.index_select(0, start), self.sin.index_select(0, start)
         end = start + length
         if end > self.seq_len:
             raise ValueError(f"a sequence of {end} tokens is longer than seq_len={self.seq_len}")

@@ -13,7 +13,7 @@ MOST_PLAIN_KEYS = 1024  # in bf16 on a CPU, products and a softmax are faster th
 LEAST_KEYS = 2048  # splitting fewer keys between two threads costs more than it gains
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, position: Tensor | None = None) -> Tensor:
     """softmax(scale * q k^T) v, where the T queries are the last T of the S positions.
 
     Each query sees the positions up to its own. PyTorch's fused kernels need one head size for q, k and v. For other
@@ -25,10 +25,16 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k: (B, H_kv, S, D), H_kv a divisor of H: consecutive query heads share a key head
         v: (B, H_kv, S, D_v)
         scale: factor on the scores
+        position: that of a single query, (1,) int64, if it is not the last of the S positions: the query sees the keys
+            up to it, and the values beyond are finite. It is read on the device, so that a call is the same at every
+            length
 
     Returns:
         (B, H, T, D_v)
     """
+    if position is not None:
+        attend = gpu_kernel.attend_to_all if gpu_kernel.serves(q, k, v) else _by_products
+        return attend(_rows(q, k) * scale, k, v, position=position).to(q.dtype).reshape(*q.shape[:3], -1)
     queries, keys = q.size(2), k.size(2)
     if q.numel() == 0:  # for which the kernels divide by zero, and that of the CPU ends the process
         return q.new_empty(*q.shape[:3], v.size(3))
@@ -69,17 +75,32 @@ def _shared_on_gpu(q: Tensor, k: Tensor) -> bool:
     return q.size(2) == 1 and q.is_cuda and q.size(1) > k.size(1)
 
 
-def _by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without a mask, whose few scores are stored; q is (B, H_kv, rows, D), already scaled."""
-    return (q @ k.mT).softmax(-1) @ v  # softmax sums in fp32 internally
+def _by_products(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
+    """Attention of one query, whose few scores are stored; q is (B, H_kv, rows, D), already scaled."""
+    return _seen(q @ k.mT, position).softmax(-1) @ v  # softmax sums in fp32 internally
 
 
-def quantized_attention(q: Tensor, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor, scale: float) -> Tensor:
+def _seen(scores: Tensor, position: Tensor | None) -> Tensor:
+    """Hide the keys beyond `position`, (1,), in scores (..., S)."""
+    if position is None:
+        return scores
+    return scores.masked_fill(torch.arange(scores.size(-1), device=scores.device) > position, float("-inf"))
+
+
+def quantized_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
+    scale: float,
+    position: Tensor | None = None,
+) -> Tensor:
     """`causal_attention` of one query over an int8 cache, for queries that `gpu_kernel.takes_int8`.
 
     The scales are those of `quantize`, with shapes as in `gpu_kernel.attend_to_all`.
     """
-    out = gpu_kernel.attend_to_all(_rows(q, k) * scale, k, v, k_scales, v_scales)
+    out = gpu_kernel.attend_to_all(_rows(q, k) * scale, k, v, k_scales, v_scales, position)
     return out.to(q.dtype).reshape(*q.shape[:3], -1)
 
 
@@ -123,17 +144,20 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.cat(outs, dim=2)
 
 
-def causal_softmax(scores: Tensor) -> Tensor:
+def causal_softmax(scores: Tensor, position: Tensor | None = None) -> Tensor:
     """The weights of attention whose scores no fused kernel can compute: for few queries, as they are stored.
 
     Args:
         scores: (B, H, T, S), where the T queries are the last T of the S positions
+        position: see `causal_attention`
 
     Returns:
         (B, H, T, S), in the same dtype; 0 where a position is later than the query
     """
     queries, keys = scores.shape[2:]
-    if queries > 1:
+    if position is not None:
+        scores = _seen(scores, position)
+    elif queries > 1:
         later = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
         scores = scores.masked_fill(later, float("-inf"))
     return scores.softmax(-1)

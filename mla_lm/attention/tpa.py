@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.first_head import FirstHead, rotated_head, slow_rows, unit
 from mla_lm.attention.kind import DERIVED, AttentionKind, check_positive
-from mla_lm.attention.kv_cache import LayerCache, length
+from mla_lm.attention.kv_cache import LayerCache, length, position
 from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
@@ -140,15 +140,16 @@ class TPA(AttentionLayer):
         if cache is not None:
             k, v = cache.append(k, v, dtype=q.dtype)
             if self.factors_are_cheaper(x.size(1)):
-                return self.output(self.by_factors(q, k, v))
-        return self.output(document_attention(q, self.product(k), self.product(v), self.scale, documents))
+                return self.output(self.by_factors(q, k, v, cache.position))
+        k, v = self.product(k), self.product(v)
+        return self.output(document_attention(q, k, v, self.scale, documents, position(cache)))
 
     def product(self, factors: Tensor) -> Tensor:
         """The mean of the terms' products, (B, R, T, H + D) to (B, H, T, D) (eq. 3.1)."""
         a, b = factors.transpose(1, 2).split((self.config.num_heads, self.config.head_dim), dim=-1)  # (B, T, R, H | D)
         return ((a.mT @ b) / factors.size(1)).transpose(1, 2)
 
-    def by_factors(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def by_factors(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
         """Attention of a few queries without keys and values multiplied out.
 
         q . sum_r a_r b_r = sum_r a_r (q . b_r), and likewise for the sum of values.
@@ -159,7 +160,7 @@ class TPA(AttentionLayer):
         k_a, k_b = k.split(sizes, dim=-1)
         v_a, v_b = v.split(sizes, dim=-1)
         dots = (q.flatten(1, 2).unsqueeze(1) @ k_b.mT).unflatten(2, shape)  # (B, R, H, T, S)
-        weights = causal_softmax((dots * k_a.mT.unsqueeze(3)).sum(1) * (self.scale / k.size(1)))
+        weights = causal_softmax((dots * k_a.mT.unsqueeze(3)).sum(1) * (self.scale / k.size(1)), position)
         weighted = (weights.unsqueeze(1) * v_a.mT.unsqueeze(3)).flatten(2, 3) @ v_b  # (B, R, H * T, D)
         return weighted.sum(1).unflatten(1, shape) / v.size(1)
 

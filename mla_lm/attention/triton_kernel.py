@@ -28,7 +28,7 @@ def _store(base, rows, stride, lives, values, FIRST: tl.constexpr, WIDTH: tl.con
     tl.store(pointers, values, mask=lives[:, None] & (columns < WIDTH)[None, :])
 
 
-@triton.jit(do_not_specialize=["keys", "split_keys"])  # they change with every token
+@triton.jit(do_not_specialize=["keys"])  # it changes with every token
 def attend(
     q,  # (B, HEADS, ROWS, D), contiguous
     k,  # (B, HEADS, S, D)
@@ -37,8 +37,8 @@ def attend(
     v_scales,  # of int8 values, (B, HEADS, S, 1); not read otherwise
     out,  # (B, HEADS, ROWS, splits, D_V) fp32, contiguous
     lse,  # (B, HEADS, ROWS, splits) fp32, contiguous: the logarithms to base 2 of the softmax denominators
+    position,  # of the last key that is seen, int64; not read unless TO_POSITION
     keys,  # S
-    split_keys,  # keys of a split, a multiple of BLOCK_KEYS
     k_batch,  # strides in elements
     k_head,
     k_key,
@@ -70,6 +70,7 @@ def attend(
     PV2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    TO_POSITION: tl.constexpr,  # only the keys up to `position` are seen
     EXACT: tl.constexpr,  # products of fp32, since Triton's interpreter multiplies no bf16; otherwise in q's dtype
 ):
     """Attention of a block of rows over a split of the keys. Grid: (B * HEADS * blocks of rows, splits)."""
@@ -80,8 +81,11 @@ def attend(
     rows = tl.program_id(0) % ROW_BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_lives = rows < ROWS
     batch, head = sequence // HEADS, sequence % HEADS
+    if TO_POSITION:
+        keys = tl.load(position).to(tl.int32) + 1
+    split_keys = tl.cdiv(tl.cdiv(keys, BLOCK_KEYS), tl.num_programs(1)) * BLOCK_KEYS
     first = tl.program_id(1) * split_keys
-    count = tl.minimum(split_keys, keys - first)
+    count = tl.minimum(split_keys, keys - first)  # 0 or less where few keys are seen: such a split reads nothing
     first = first.to(tl.int64)
     k += batch * k_batch + head * k_head + first * k_key
     v += batch * v_batch + head * v_head + first * v_key
@@ -134,6 +138,7 @@ def attend(
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
 
     at = (sequence * ROWS + rows) * tl.num_programs(1) + tl.program_id(1)
+    total = tl.maximum(total, 1.0)  # which it is where there are keys; a split without any gives -inf and zeros
     tl.store(lse + at, largest + tl.log2(total), mask=row_lives)
     _store(out, at, D_V, row_lives, acc1 / total[:, None], 0, V1, PV1)
     if V2 > 0:

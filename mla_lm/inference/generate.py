@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mla_lm.attention.kv_cache import ModelCache
 from mla_lm.errors import UserError
+from mla_lm.inference.cuda_graph import CapturedStep, can_capture
 from mla_lm.model.transformer import Transformer
 
 NOTHING = -1  # stands where a row has no id
@@ -48,7 +49,8 @@ def generate(
         dtype: of the cache, by default that of the weights; see `LayerCache`
         cache: holds the first tokens of every prompt, which are not read again, and receives the rest; by default a new
             one of `dtype`
-        compiled: compile the steps of one token; the first such step then takes up to a minute
+        compiled: compile the steps of one token; the first such step then takes up to a minute. On a CUDA device they
+            are captured as one CUDA graph besides, sampling included, with the cache at a fixed position
 
     Yields:
         (B,) ids; NOTHING (-1) for a row whose prompt is not read to its end, or that already has its max_tokens
@@ -60,39 +62,84 @@ def generate(
     """
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     prompts, seq_len = list(prompts), model.config.seq_len
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
-    shortest, longest = int(lengths.min()), int(lengths.max())
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     if longest > seq_len:
         raise UserError(f"a prompt of {longest} tokens is longer than the model's seq_len={seq_len}")
     end = min(longest + max_tokens, seq_len)
-    given = _side_by_side(prompts, end)
-    seen = torch.zeros(len(prompts), model.head.weight.size(0), dtype=torch.bool, device=given.device)
-    seen.scatter_(1, torch.where(given == NOTHING, given[:, :1], given), True)  # the row's first id in place of NOTHING
     cache = cache or model.new_cache(len(prompts), end, dtype)
     if cache.length >= shortest:
         raise UserError(f"the cache holds {cache.length} tokens, and a prompt has {shortest}: nothing is left to read")
-    tokens = given[:, cache.length : shortest]
+    if shortest == end:
+        return
+    rows = _Rows(prompts, max_tokens, end, model.head.weight.size(0))
 
     def read(tokens: Tensor) -> Tensor:
         """Append the tokens to the cache; return logits of the last position alone, (B, V) in fp32."""
         return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
 
-    step = torch.compile(read, dynamic=True) if compiled else read
-    for position in range(shortest, end):
-        for chunk in tokens.split(PREFILL, dim=1):
-            logits = (step if chunk.size(1) == 1 else read)(chunk)
-        logits = penalize(logits, seen, repetition_penalty)
-        picked = pick(logits, temperature, top_k, top_p, min_p, generator)
-        next_ids = torch.where(given[:, position] == NOTHING, picked, given[:, position])
-        tokens = next_ids.unsqueeze(1)
-        seen.scatter_(1, tokens, True)
-        yield next_ids.where((position >= lengths) & (position < lengths + max_tokens), NOTHING)
+    def choose(logits: Tensor) -> None:
+        logits = penalize(logits, rows.seen, repetition_penalty)
+        rows.append(pick(logits, temperature, top_k, top_p, min_p, generator))
+
+    captured = compiled and can_capture(rows.given.device)
+    read_one = torch.compile(read, dynamic=True) if compiled else read
+    for chunk in rows.given[:, cache.length : shortest].split(PREFILL, dim=1):
+        logits = (read if captured or chunk.size(1) > 1 else read_one)(chunk)
+    choose(logits)
+    yield rows.new.clone()
+
+    def step() -> None:
+        choose(read_one(rows.last))
+
+    if not captured:
+        for _ in range(shortest + 1, end):
+            step()
+            yield rows.new.clone()
+        return
+    with cache.fixed(end - 1):  # the last ids are not read
+        step = CapturedStep(step, rows.given.device, generator)
+        for _ in range(shortest + 1, end):
+            cache.reserve(1)
+            step()
+            yield rows.new.clone()
 
 
-def _side_by_side(prompts: list[Tensor], end: int) -> Tensor:
-    """Pad the prompts on the right with NOTHING, to (B, end) ids."""
-    given = pad_sequence(prompts, batch_first=True, padding_value=NOTHING)
-    return F.pad(given, (0, end - given.size(1)), value=NOTHING)
+class _Rows:
+    """The ids of all rows, in tensors that keep their places, so that a CUDA graph can append to them.
+
+    Args:
+        prompts: as in `generate`
+        max_tokens: new ids of each row
+        end: length of the longest row in the end
+        vocab_size: V
+
+    Attributes:
+        given: (B, end), the prompts' ids, then NOTHING
+        position: (1,), of the next ids; at first the length of the shortest prompt
+        last: (B, 1), the ids before it
+        new: (B,), the same; NOTHING for a row whose prompt is not read to its end, or that already has its max_tokens
+        seen: (B, V), true for the ids of a row
+    """
+
+    def __init__(self, prompts: list[Tensor], max_tokens: int, end: int, vocab_size: int):
+        lengths = [len(prompt) for prompt in prompts]
+        given = pad_sequence(prompts, batch_first=True, padding_value=NOTHING)
+        self.given = given = F.pad(given, (0, end - given.size(1)), value=NOTHING)
+        self.lengths, self.max_tokens = torch.tensor(lengths, device=given.device), max_tokens
+        self.position = torch.tensor([min(lengths)], device=given.device)
+        self.last, self.new = torch.empty_like(given[:, :1]), torch.empty_like(given[:, 0])
+        self.seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=given.device)
+        self.seen.scatter_(1, torch.where(given == NOTHING, given[:, :1], given), True)  # its first id for NOTHING
+
+    def append(self, picked: Tensor) -> None:
+        """Append the ids of the prompts at the position, or where a prompt has none, those picked, (B,)."""
+        own = self.given.index_select(1, self.position).squeeze(1)
+        ids = torch.where(own == NOTHING, picked, own)
+        self.last.copy_(ids.unsqueeze(1))
+        self.seen.scatter_(1, self.last, True)
+        is_new = (self.position >= self.lengths) & (self.position < self.lengths + self.max_tokens)
+        self.new.copy_(ids.masked_fill(~is_new, NOTHING))
+        self.position.add_(1)
 
 
 def check_sampling(
@@ -143,7 +190,8 @@ def pick(
     if temperature < LOWEST_TEMPERATURE:
         return logits.argmax(-1)
     weights = token_weights(logits, temperature, top_k, top_p, min_p)
-    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    # What torch.multinomial draws for the same generator. But it also checks the weights, for which it reads the GPU.
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
 
 
 def token_weights(

@@ -83,6 +83,8 @@ class Transformer(nn.Module):
                 x, carried = checkpoint(block, x, None, documents, carried, use_reentrant=False)
             else:
                 x, carried = block(x, documents=documents, carried=carried)
+        if cache is not None:
+            cache.advance()
         return self.norm(x)
 
     def train_in_fp8(self) -> list[str]:
