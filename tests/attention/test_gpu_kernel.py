@@ -4,6 +4,7 @@ Triton's interpreter multiplies no bf16: it reads bf16 and multiplies in fp32, s
 rounded.
 """
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -79,7 +80,7 @@ def test_values_that_are_no_part_of_the_keys(call, dtype):
     dtype=st.sampled_from([torch.float32, BF16, INT8]),
 )
 def test_only_the_keys_up_to_a_position(call, data, value_dim, dtype):
-    """What lies beyond is not read: it is no number. Positions at the borders of blocks of keys are drawn more often."""
+    """What lies beyond is NaN, so it is not read. Positions at the borders of blocks of keys are drawn often."""
     q, k = drawn(call, torch.float32 if dtype == INT8 else dtype)
     borders = st.sampled_from([0, 15, 16, 31, 32, 63, 64, 127, 128, call["keys"] - 1])
     position = min(call["keys"] - 1, data.draw(st.one_of(borders, st.integers(0, call["keys"] - 1))))
@@ -137,12 +138,10 @@ def test_scores_far_apart(at):
 
 
 def test_is_an_operator_that_torch_can_compile():
-    q, k = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 9, 16)
+    q, k, position = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 9, 16), torch.tensor([4])
     values, scales = quantize(k, (16,))
     torch.library.opcheck(torch.ops.mla_lm.attend_on_gpu.default, (q, k, k[..., :8], None, None, None))
-    torch.library.opcheck(
-        torch.ops.mla_lm.attend_on_gpu.default, (q, values, values, scales, scales, torch.tensor([4]))
-    )
+    torch.library.opcheck(torch.ops.mla_lm.attend_on_gpu.default, (q, values, values, scales, scales, position))
 
 
 def one_query(q: Tensor, *_: object) -> bool:
@@ -204,7 +203,7 @@ def test_decoding_gives_the_logits_of_the_cpu(monkeypatch, attention, dtype, fix
 @given(programs=st.integers(1, 300), keys=st.integers(1, 100_000), block=st.sampled_from([16, 32, 64, 128]))
 def test_splits_cover_the_keys(programs, keys, block):
     splits = gpu_kernel.split(programs, keys, block, wanted=264)
-    length = -(-(-(-keys // block)) // splits) * block  # as the kernel counts them
+    length = math.ceil(math.ceil(keys / block) / splits) * block  # as the kernel counts them
     assert (splits - 1) * length < keys <= splits * length
     assert splits == 1 or programs * splits <= 264
     assert splits <= gpu_kernel.MOST_SPLITS

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_lm import Transformer
 from mla_lm.attention import YarnConfig, gpu_kernel
 from tests import kinds
 from tests.kinds import each_kind, spread
+from tests.on_device import OnTheDevice
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 
@@ -134,27 +134,6 @@ def test_one_graph_serves_every_length(kind, dtype):
                 out = step(token, cache)
                 assert off(out, model.hidden_states(token, ordinary)) < tolerance_of(dtype)
     assert counters["stats"]["unique_graphs"] == 1
-
-
-class OnTheDevice(TorchDispatchMode):
-    """Fails where an operation gets or makes a tensor that is not on the meta device, or looks at an element.
-
-    On a GPU, each of these waits for it, or copies from the host.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        self.count += 1
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "item", "equal", "unique"), name
-        for value in torch.utils._pytree.tree_leaves((args, kwargs, out)):
-            assert not isinstance(value, Tensor) or value.is_meta, name
-        return out
 
 
 @each_kind

@@ -13,11 +13,13 @@ from transformers import (
 )
 
 from mla_lm import Transformer
-from mla_lm.attention import KINDS
+from mla_lm.attention import KINDS, gpu_kernel
 from mla_lm.errors import UserError
-from mla_lm.inference.generate import NOTHING, generate, penalize, token_weights
+from mla_lm.inference import generate as generate_module
+from mla_lm.inference.generate import NOTHING, generate, penalize, pick, token_weights
 from tests import kinds
 from tests.kinds import spread
+from tests.on_device import OnTheDevice
 
 
 def model_of(kind: str, seq_len: int = 24) -> Transformer:
@@ -78,6 +80,82 @@ def test_compiled_it_gives_the_same(kind, batch):
     compiled = sample(model, prompts, 15, temperature=0, compiled=True)
     assert counters["stats"]["unique_graphs"] == 1
     assert torch.equal(compiled, sample(model, prompts, 15, temperature=0))
+
+
+@pytest.fixture
+def uncaptured(monkeypatch):
+    """Let the CPU take the GPU's path, whose steps it runs as they are: neither compiled nor captured."""
+    monkeypatch.setattr(generate_module, "can_capture", lambda device: True)
+    monkeypatch.setattr(generate_module, "CapturedStep", lambda step, device, generator: step)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_at_a_fixed_position_it_gives_the_same(uncaptured, kind, dtype):
+    """Greedy and sampled, with prompts of different lengths, whether the room or max_tokens ends it."""
+    model, prompts = model_of(kind), [torch.randint(61, (length,)) for length in (5, 1, 23, 17)]
+    for max_tokens in (4, 99):
+        for options in ({"temperature": 0}, {"top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}):
+            fixed, ordinary = (
+                sample(
+                    *(model, prompts, max_tokens),
+                    **options,
+                    dtype=dtype,
+                    compiled=compiled,
+                    generator=torch.Generator().manual_seed(5),
+                )
+                for compiled in (True, False)
+            )
+            assert torch.equal(fixed, ordinary)
+
+
+def test_the_cache_it_was_given_is_an_ordinary_one_afterwards(uncaptured):
+    model, prompts = model_of("mla"), torch.randint(61, (2, 7))
+    for steps in (10, 3):  # 3: it is left before it ends
+        cache = model.new_cache(2)
+        tokens = generate(model, prompts, 10, temperature=0, cache=cache, compiled=True)
+        first = torch.stack([next(tokens) for _ in range(steps)], dim=1)
+        tokens.close()
+        assert (cache.length, cache.layers[0].position) == (6 + steps, None)
+        prompts = torch.cat((prompts, first), dim=1)
+        assert torch.equal(
+            sample(model, prompts, 4, temperature=0, cache=cache), sample(model, prompts, 4, temperature=0)
+        )
+        prompts = prompts[:, :7]
+
+
+def test_no_token_beyond_the_room_of_a_fixed_cache(uncaptured):
+    tokens = generate(
+        model_of("mla"), torch.randint(61, (2, 7)), 10, cache=model_of("mla").new_cache(2, 9), compiled=True
+    )
+    assert len([next(tokens) for _ in range(3)]) == 3
+    with pytest.raises(ValueError, match="room for 9 tokens: 9 are stored, 10 needed"):
+        next(tokens)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 9, "top_p": 0.8, "min_p": 0.05}])
+def test_a_whole_step_stays_on_the_device(uncaptured, monkeypatch, options):
+    """After the first ids, which the host waits for. The meta device stands for a GPU."""
+    monkeypatch.setattr(gpu_kernel, "_serves", lambda q, width: True)
+    prompts = [torch.zeros(length, dtype=torch.int64, device="meta") for length in (3, 5)]
+    tokens = generate(model_of("mla").to("meta"), prompts, 6, repetition_penalty=1.2, **options, compiled=True)
+    next(tokens), next(tokens)
+    with OnTheDevice() as ops:
+        assert next(tokens).is_meta
+    assert ops.count > 50
+
+
+@pytest.mark.parametrize("vocab_size", [1, 61, 50_257])
+def test_an_id_is_drawn_as_torch_draws_it(vocab_size):
+    logits = 3 * torch.randn(3, vocab_size)
+    ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
+    for _ in range(5):
+        weights = token_weights(logits, 0.7, top_p=0.9)
+        expected = torch.multinomial(weights, 1, generator=theirs).squeeze(1)
+        assert torch.equal(pick(logits, 0.7, top_p=0.9, generator=ours), expected)
+    assert torch.equal(ours.get_state(), theirs.get_state())
 
 
 def test_refuses_a_cache_that_holds_the_whole_prompt():
