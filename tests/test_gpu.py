@@ -134,7 +134,8 @@ for batch, rows, dim, value_dim in shapes:
     for keys in (1, 63, 1000, 8192):
         for dtype in (torch.bfloat16, torch.float16):
             q = (2 * dim**-0.5 * torch.randn(batch, 1, rows, dim, device="cuda")).to(dtype)
-            k = torch.randn(batch, 1, keys + 7, dim, device="cuda").to(dtype)[:, :, :keys]
+            room = torch.randn(batch, 1, keys + 7, dim, device="cuda").to(dtype)
+            k, last = room[:, :, :keys], torch.tensor([keys - 1], device="cuda")
             parts = (value_dim, dim - value_dim)[: 1 + (value_dim < dim)]
             values, scales = quantize(k, parts)
             apart = torch.randn(batch, 1, keys, value_dim, device="cuda").to(dtype)
@@ -147,6 +148,10 @@ for batch, rows, dim, value_dim in shapes:
                 weights = (q.double() @ exact.double().mT).softmax(-1)
                 off = (out - weights @ v.double()).abs()
                 assert (off <= 2**-7 * (weights @ v.double().abs()) + 1e-4).all(), (dim, rows, keys, dtype, off.max())
+            expected = gpu_kernel.attend_to_all(q, k, k[..., :value_dim])
+            room[:, :, keys:] = float("nan")  # beyond a fixed position, nothing is read
+            out = gpu_kernel.attend_to_all(q, room, room[..., :value_dim], position=last)
+            torch.testing.assert_close(out, expected, rtol=2**-7, atol=0.01)
 """
 
 DECODING = """
@@ -222,6 +227,54 @@ for gradient in gradients[1:]:
     assert (gradient - gradients[0]).norm() < 0.2 * gradients[0].norm()
 """
 
+# Steps as a CUDA graph: the ids of steps that are not captured, and of none that are compiled; no wait for the GPU.
+CAPTURED_STEPS = """
+import torch
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.inference import generate as module
+from mla_lm.inference.cuda_graph import CapturedStep
+
+torch.backends.cuda.matmul.allow_tf32 = False
+replays, replay = [], torch.cuda.CUDAGraph.replay
+torch.cuda.CUDAGraph.replay = lambda graph: replays.append(graph) or replay(graph)
+
+def drawn(model, dtype, captured, compiled=True, **options):
+    module.CapturedStep = CapturedStep if captured else lambda step, device, generator: step
+    generator = torch.Generator("cuda").manual_seed(7)
+    with torch.autocast("cuda", torch.bfloat16, enabled=dtype != torch.float32):
+        steps = module.generate(model, prompts, 20, **options, dtype=dtype, generator=generator, compiled=compiled)
+        ids = [next(steps) for _ in range(3)]  # the prompts are read, a step runs, and it is captured
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if compiled else "default")
+        ids += steps
+        torch.cuda.set_sync_debug_mode("default")
+    return torch.stack(ids), generator.get_state()
+
+torch.manual_seed(0)
+prompts = [torch.randint(100, (length,), device="cuda") for length in (9, 2, 6)]
+kinds = [AttentionConfig(kind="mla", kv_compressed_dim=64, rope_dim=16, nope_dim=16, value_dim=32)]
+kinds += [AttentionConfig(kind=kind, num_kv_heads=n) for kind, n in (("mha", 4), ("gqa", 2), ("mqa", 1))]
+limits = {"top_k": 50, "top_p": 0.9, "min_p": 0.001, "repetition_penalty": 1.2}
+for attention in kinds:
+    config = TransformerConfig(2, 128, 4, 64, 256, attention, vocab_size=100, tie_embeddings=False)
+    model = Transformer(config).eval().cuda()
+    for weight in model.parameters():
+        weight.data *= 1 if weight.ndim == 1 else 4  # so that ids depend on what is attended to
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        stance = "default" if (attention.kind, dtype) == ("mla", torch.bfloat16) else "force_eager"  # compiling is slow
+        for options in ({"temperature": 0}, {}, limits):
+            with torch.compiler.set_stance(stance):
+                replays.clear()
+                ids, state = drawn(model, dtype, captured=True, **options)
+                assert len(replays) == len(ids) - 2 == 25, len(replays)
+                expected, expected_state = drawn(model, dtype, captured=False, **options)
+                assert len(replays) == 25
+            assert torch.equal(ids, expected) and torch.equal(state, expected_state), (attention.kind, dtype, options)
+            if dtype == torch.float32:
+                plain, _ = drawn(model, dtype, captured=False, compiled=False, **options)
+                assert torch.equal(ids, plain), (attention.kind, options)
+"""
+
 MEMORY_OF_THE_LOSS = """
 import torch
 from mla_lm import TransformerConfig
@@ -283,6 +336,10 @@ def test_the_kernel_of_decoding():
 def test_decoding_by_the_kernel():
     pytest.importorskip("triton")
     run("-c", DECODING)
+
+
+def test_a_step_of_decoding_as_a_cuda_graph():
+    run("-c", CAPTURED_STEPS)
 
 
 def test_the_loss_takes_the_memory_that_is_planned():

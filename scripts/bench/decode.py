@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from statistics import median
@@ -21,8 +22,9 @@ DESCRIPTION = """Tokens per second of greedy decoding over a filled cache.
 
 Ours is MLA, absorbed, through its latent cache. transformers is DeepseekV3 with the same weights and the same cached
 latents. MHA is ours, with as many parameters. --model takes presets in place of 6 layers of 384. Each makes tokens by
-its own `generate`, given the cache; transformers' model is also stepped through its cache without generate. Weights and
-caches have the precision named. "of the bytes' time" is how long the weights and the cache of our step take to be read,
+its own `generate`, given the cache; transformers' model is also stepped through its cache without generate. Our steps
+are timed after the first three, with which --compile captures a CUDA graph on a GPU. Weights and caches have the
+precision named. "of the bytes' time" is how long the weights and the cache of our step take to be read,
 at the rate of a large sum in the same round, over how long the step takes: 1 where memory is the limit, more where a
 CPU's own caches hold some of them.
 """
@@ -38,6 +40,7 @@ MLA = TransformerConfig(
 MHA = replace(MLA, attention=AttentionConfig(), ff_hidden=880)  # as many parameters
 PRESETS = {"medium": "mha_medium", "large": "mha_large", "serving": "mha_medium"}  # of MLA, and the MHA beside each
 PEERS = ("transformers", "transformers' steps", "mha")
+STARTING = 3  # steps of ours before those that are timed: one reads the prompt, one runs a step, one captures it
 LARGE = 2**30  # bytes that no cache holds
 PREFILLED = 512  # tokens that are really read; longer caches repeat what is stored of them
 
@@ -95,10 +98,25 @@ class Ours:
 
     def decode(self, prompts: Tensor, count: int) -> Tensor:
         """(B, count) ids that follow the prompts, (B, context + 1); the cache is then as it was."""
-        tokens = list(generate(self.model, prompts, count, temperature=0, cache=self.cache, compiled=self.compiled))
+        tokens = torch.stack(list(self._steps(prompts, count)), dim=1)
+        self._rewind()
+        return tokens
+
+    def seconds(self, prompts: Tensor, count: int, device: str) -> float:
+        """How long `count` steps take after the first ones."""
+        steps = self._steps(prompts, STARTING + count)
+        for _ in range(STARTING):
+            next(steps)
+        seconds = measure.seconds_of(lambda: list(steps), device)
+        self._rewind()
+        return seconds
+
+    def _steps(self, prompts: Tensor, count: int) -> Iterator[Tensor]:
+        return generate(self.model, prompts, count, temperature=0, cache=self.cache, compiled=self.compiled)
+
+    def _rewind(self) -> None:
         for layer in self.cache.layers:
             layer.length = self.context
-        return torch.stack(tokens, dim=1)
 
 
 class Theirs:
@@ -187,28 +205,25 @@ def decoded(
     count = max(8, min(32, 2**17 // context))  # the long caches take long
     dtype = PRECISIONS[precision]
     torch.manual_seed(0)
-    mla, mha = (Transformer(replace(model, seq_len=context + count + 1)).to(device, dtype).eval() for model in models)
+    room = STARTING + count
+    mla, mha = (Transformer(replace(model, seq_len=context + room + 1)).to(device, dtype).eval() for model in models)
     ours, theirs, of_mha = (
-        Ours(mla, batch, context, count, compiled),
+        Ours(mla, batch, context, room, compiled),
         Theirs(mla, batch, context),
-        Ours(mha, batch, context, count, compiled),
+        Ours(mha, batch, context, room, compiled),
     )
-    contenders = {
-        "ours": ours.decode,
-        "transformers": theirs.decode,
-        "transformers' steps": theirs.step,
-        "mha": of_mha.decode,
-    }
     torch.compiler.reset()  # torch compiles a function anew for a few models only
     prompts = torch.arange(batch, device=device).unsqueeze(1).expand(-1, context + 1)  # of which the last id is read
     tokens = ours.decode(prompts, count)
     same = all(torch.equal(tokens, other(prompts, count)) for other in (theirs.decode, theirs.step))
-    turns = {
-        name: lambda decode=decode: measure.seconds_of(lambda: decode(prompts, count), device)
-        for name, decode in contenders.items()
-    }
     large = torch.ones(LARGE // 4, device=device)
-    turns["memory"] = lambda: measure.seconds_of(large.sum, device)
+    turns = {
+        "ours": lambda: ours.seconds(prompts, count, device),
+        "transformers": lambda: measure.seconds_of(lambda: theirs.decode(prompts, count), device),
+        "transformers' steps": lambda: measure.seconds_of(lambda: theirs.step(prompts, count), device),
+        "mha": lambda: of_mha.seconds(prompts, count, device),
+        "memory": lambda: measure.seconds_of(large.sum, device),
+    }
     seconds = measure.interleaved(turns, repeats)
     share = count * ours.bytes_read / LARGE * measure.median_ratio(seconds["memory"], seconds["ours"])
     return {

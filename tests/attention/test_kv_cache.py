@@ -136,6 +136,26 @@ def test_one_graph_serves_every_length(kind, dtype):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_compiled_it_writes_into_the_cache_and_copies_none_of_it(monkeypatch, kind):
+    """The kernel of a GPU, here in Triton's interpreter, reads the tensors of the cache themselves."""
+    pytest.importorskip("triton")
+    reads, attend = [], gpu_kernel.split_attention
+    monkeypatch.setattr(gpu_kernel, "split_attention", lambda *call: reads.append(call[1]) or attend(*call))
+    monkeypatch.setattr(gpu_kernel, "_serves", lambda q, width: q.size(2) == 1)
+    model, tokens = model_of(kind), torch.randint(61, (2, 9))
+    torch.compiler.reset()
+    step = torch.compile(model.hidden_states, fullgraph=True, dynamic=True)
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        model.hidden_states(tokens[:, :5], cache)
+        with cache.fixed(20):
+            stepped = torch.cat([step(token, cache) for token in tokens[:, 5:].split(1, dim=1)], dim=1)
+        assert off(stepped, model.hidden_states(tokens)[:, 5:]) < 1e-4
+    assert [k.data_ptr() for k in reads] == 4 * [layer.tensors[0].data_ptr() for layer in cache.layers]
+
+
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("by_kernel", [True, False])

@@ -135,6 +135,19 @@ def test_no_token_beyond_the_room_of_a_fixed_cache(uncaptured):
         next(tokens)
 
 
+@pytest.mark.slow
+def test_compiled_at_a_fixed_position_one_graph_serves_every_room(uncaptured):
+    model = model_of("mla")
+    torch.compiler.reset()
+    counters.clear()
+    with torch.compiler.set_stance("default"):
+        for length, max_tokens in ((2, 3), (7, 15)):
+            prompts = torch.randint(61, (2, length))
+            compiled = sample(model, prompts, max_tokens, temperature=0, compiled=True)
+            assert torch.equal(compiled, sample(model, prompts, max_tokens, temperature=0))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 9, "top_p": 0.8, "min_p": 0.05}])
 def test_a_whole_step_stays_on_the_device(uncaptured, monkeypatch, options):
     """After the first ids, which the host waits for. The meta device stands for a GPU."""
