@@ -117,24 +117,25 @@ def choose_kernels(device: str) -> list[str]:
 
 
 def choose_compile(
-    wanted: bool | None, device: str, seconds_at_peak: float, document_mask: bool = False
+    wanted: bool | None, device: str, seconds_at_peak: float, by_document: bool = False
 ) -> tuple[bool, str]:
     """Decide whether to compile the network; return that and the reason.
 
     Args:
         seconds_at_peak: time that the run's FLOPs would take at the rate of a large matrix product
-        document_mask: whether attention handles each document separately; their lengths differ in every batch
+        by_document: whether attention is called for each document separately; their lengths differ in every batch
 
     Raises:
-        UserError: compiling is wanted together with document_mask, or torch.compile does not work here.
+        UserError: compiling is wanted together with such calls, or torch.compile does not work here.
     """
-    if document_mask and wanted:
+    if by_document and wanted:
         raise UserError(
-            "compile=true cannot be combined with data.document_mask, because document lengths change with every "
-            "batch: leave compile out"
+            "compile=true can be combined with data.document_mask only in half precision on a GPU from Ampere on, "
+            "with heads of at most 192. Elsewhere attention is called for each document, and their lengths change "
+            "with every batch: leave compile out"
         )
-    if document_mask:
-        return False, "documents have other lengths in every batch"
+    if by_document:
+        return False, "attention is called for each document, and they have other lengths in every batch"
     if wanted:
         check_compiler(device, "compile=true")
     if wanted is not None:

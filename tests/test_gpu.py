@@ -59,6 +59,42 @@ for attention in kinds:
         assert off < tolerance, (attention, dtype, off)
 """
 
+# As many documents as the CPU counts, and more, which are empty: the same result, and nothing waits for the device.
+DOCUMENTS_COUNTED_BEFORE = """
+import torch
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.data.windows import most_documents
+
+torch.manual_seed(0)
+kinds = [AttentionConfig(kind="mla", kv_compressed_dim=32, rope_dim=16, nope_dim=16, value_dim=32)]
+kinds += [AttentionConfig(kind=kind, num_kv_heads=n) for kind, n in (("mha", 4), ("gqa", 2), ("mqa", 1))]
+for tokens in (torch.randint(8, (4, 65)), torch.randint(1000, (4, 65)), torch.ones(4, 65, dtype=torch.int64)):
+    least = most_documents(tokens, 0, 64, 4)
+    inputs, targets = tokens[:, :-1].cuda(), tokens[:, 1:].cuda()
+    for attention in kinds:
+        model = Transformer(TransformerConfig(2, 128, 4, 64, 256, attention, vocab_size=1000, document_token=0)).cuda()
+
+        def step(net, **counted):
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = net(inputs, targets, **counted)
+            loss.backward()
+            return loss
+
+        expected = step(model)
+        gradient = model.embedding.weight.grad.clone()
+        for net in (model, torch.compile(model)):
+            for most in (least, 2 * least, 8 * least):
+                step(net, most_documents=most)  # compiles, and loads libraries
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+                loss = step(net, most_documents=most)
+                torch.cuda.set_sync_debug_mode("default")
+                torch.testing.assert_close(loss, expected, rtol=0.01, atol=0)
+                off = (model.embedding.weight.grad - gradient).norm() / gradient.norm()
+                assert off < 0.05, (attention, most, off)
+"""
+
 # Which kernels run: of a decoding step none of cuDNN's, which it plans anew for each length of the cache; of AdamW one,
 # or in fp16, which has none, a few for all parameters.
 KERNELS = """
@@ -320,6 +356,10 @@ def test_documents_are_kept_apart():
     run("-c", DOCUMENTS_APART)
 
 
+def test_documents_are_counted_before():
+    run("-c", DOCUMENTS_COUNTED_BEFORE)
+
+
 def test_kernels():
     run("-c", KERNELS)
 
@@ -372,6 +412,16 @@ def test_training(train, tmp_path, precision, compiled):
     if precision != "32-true":
         assert "TF32" not in said
     assert summary_of(tmp_path / "run")["accelerator"] == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("precision", "compiled"), [("bf16-mixed", "true"), ("16-mixed", "false"), ("32-true", "false")]
+)
+def test_training_within_documents(train, tmp_path, precision, compiled):
+    overrides = (f"trainer.precision={precision}", f"compile={compiled}", "trainer.accelerator=gpu")
+    masked = ("data.document_mask=true", "schedule.short_seq_len=16")
+    run(str(ROOT / "train.py"), *SMALL, *train.data, *overrides, *masked, "hydra.run.dir=run", cwd=tmp_path)
+    assert summary_of(tmp_path / "run")["finished"]
 
 
 @pytest.mark.parametrize(("kind", "precision"), [("muon", "bf16-mixed"), ("muon", "16-mixed"), ("adamw", "16-mixed")])

@@ -1,6 +1,7 @@
 """Several documents in one window: where each one begins, and attention that stays within it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -21,20 +22,32 @@ class Documents:
     """
 
     starts: Tensor  # (N + 1,) int32: where each document begins, then where the last one ends
-    lengths: list[int]  # N, in tokens
     positions: Tensor  # (B, T): position of each token in its document
 
     @classmethod
-    def find(cls, tokens: Tensor, document_token: int) -> "Documents":
-        """Find the documents in `tokens`, (B, T) ids; each `document_token` begins one."""
+    def find(cls, tokens: Tensor, document_token: int, most: int | None = None) -> "Documents":
+        """Find the documents in `tokens`, (B, T) ids; each `document_token` begins one.
+
+        Args:
+            most: at least as many as there are documents; those that do not exist are empty and come last. If None, the
+                documents are counted, for which this waits for the device.
+        """
         begins = tokens == document_token
         begins[:, 0] = True
         begins = begins.flatten()
-        first = begins.nonzero().squeeze(1)  # (N,)
+        if most is None:
+            most = int(begins.sum())
+        number = begins.cumsum(0) - 1  # of the document that each token belongs to
         place = torch.arange(len(begins), device=tokens.device)
-        positions = place - first[begins.cumsum(0) - 1]
-        starts = torch.cat((first, first.new_tensor([len(begins)])))
-        return cls(starts.int(), starts.diff().tolist(), positions.view(tokens.shape))
+        starts = place.new_full((most + 1,), len(begins))
+        # A token that begins no document writes into the last entry what that holds already.
+        starts = starts.scatter(0, torch.where(begins, number, most), torch.where(begins, place, len(begins)))
+        return cls(starts.int(), (place - starts[number]).view(tokens.shape))
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens in each document that is not empty. This waits for the device."""
+        return [length for length in self.starts.diff().tolist() if length]
 
 
 def document_attention(
@@ -64,8 +77,13 @@ def document_attention(
     return out.unflatten(0, (B, T)).transpose(1, 2)
 
 
+@torch.compiler.assume_constant_result  # else these calls would break the compiled graph
 def takes_all_at_once(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether one kernel takes documents of any lengths: FlashAttention's does, on Ampere GPUs and later."""
+    """Whether one kernel takes documents of any lengths: FlashAttention's does, on Ampere GPUs and later.
+
+    Args:
+        head_dim: width of a head's queries and keys, or of its values, whichever is wider
+    """
     if device.type != "cuda" or dtype == torch.float32 or head_dim > WIDEST_HEAD:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -75,7 +93,8 @@ def _all_at_once(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor, 
     """Causal attention within each document by FlashAttention's variable-length kernel.
 
     The kernel needs q, k and v to have one head size, a multiple of 8. They are padded with zeros, which change no
-    score and no sum.
+    score and no sum. Of an empty document it computes nothing, forward or backward: each of its blocks first asks
+    whether the document reaches that far.
 
     Shapes: q (tokens, H, D), k (tokens, H_kv, D), v (tokens, H_kv, D_v), starts (N + 1,), result (tokens, H, D_v).
     """

@@ -29,6 +29,11 @@ class LayerConfig(Protocol):
     seq_len: int
 
     @property
+    def head_dim(self) -> int:
+        """Width of a head's queries and keys, or of its values, whichever is wider."""
+        ...
+
+    @property
     def cached_elements(self) -> int:
         """Elements per token in the cache of a layer; a layer that reads its predecessor's cache has none."""
         ...

@@ -76,6 +76,10 @@ class MLAConfig:
             self.value_dim = self.d_model // self.num_heads
 
     @property
+    def head_dim(self) -> int:
+        return max(self.nope_dim + self.rope_dim, self.value_dim)
+
+    @property
     def latent_dim(self) -> int:
         """Width of the latent that the keys and values of one head are made of."""
         return self.kv_compressed_dim

@@ -86,6 +86,24 @@ def _window(tokens: Tokens | np.ndarray, index: int, seq_len: int) -> Tensor:
     return torch.from_numpy(tokens[index * seq_len : (index + 1) * seq_len + 1].astype(np.int64))
 
 
+def most_documents(windows: Tensor, document_token: int, length: int, together: int) -> int:
+    """How many documents the micro-batch with the most of them holds, rounded up to a power of two.
+
+    NumPy counts them on the CPU, before the windows go to a device that would have to be waited for. The rounding
+    leaves few different numbers, so that few shapes of tensors follow from them.
+
+    Args:
+        windows: (B, seq_len + 1) ids on the CPU; the last id of each is only a target
+        document_token: id that begins a document; a window begins one too
+        length: tokens of the shorter windows that each window is cut into, a divisor of seq_len
+        together: windows in a micro-batch, a divisor of B
+    """
+    begins = windows.numpy()[:, :-1] == document_token
+    begins[:, ::length] = True
+    most = int(begins.reshape(len(begins) // together, -1).sum(1).max())
+    return 2 ** (most - 1).bit_length()
+
+
 class Order:
     """The window that training reads at each place of a run, a pure function of the seed and the place.
 

@@ -48,7 +48,12 @@ class Transformer(nn.Module):
             module.attention.init_weights()
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, cache: ModelCache | None = None, reduction: str = "mean"
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: ModelCache | None = None,
+        reduction: str = "mean",
+        most_documents: int | None = None,
     ) -> Tensor:
         """Return the logits, or the loss if targets are given.
 
@@ -57,6 +62,8 @@ class Transformer(nn.Module):
             targets: (B, T) ids to predict, -100 where there is nothing to predict
             cache: a cache from `new_cache`; the tokens are appended to it
             reduction: of the loss: "mean" over predicted tokens, or "none"
+            most_documents: at least as many as there are in `tokens`; without it, a model with `document_token` counts
+                them, for which it waits for the device
 
         Returns:
             logits (B, T, vocab_size); or the loss in nats, fp32: a scalar, or (B, T) with 0 where the target is -100
@@ -64,17 +71,19 @@ class Transformer(nn.Module):
         Raises:
             ValueError: there are more tokens than `seq_len`, or than the cache has room for.
         """
-        x = self.hidden_states(tokens, cache)
+        x = self.hidden_states(tokens, cache, most_documents)
         if targets is None:
             return self.head(x)
         return linear_cross_entropy(x, self.head.weight, targets, reduction)
 
-    def hidden_states(self, tokens: Tensor, cache: ModelCache | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, cache: ModelCache | None = None, most_documents: int | None = None
+    ) -> Tensor:
         """The hidden states that the head projects to logits, (B, T, d_model); arguments and errors as in `forward`."""
         x = self.embedding(tokens)
         documents = None
         if self.config.document_token is not None and cache is None:
-            documents = Documents.find(tokens, self.config.document_token)
+            documents = Documents.find(tokens, self.config.document_token, most_documents)
         carried = None  # from each block's attention to the next
         for i, block in enumerate(self.blocks):
             if cache is not None:

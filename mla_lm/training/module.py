@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mla_lm.compiled_code import prepare_folder
 from mla_lm.config import TrainConfig
+from mla_lm.data.windows import most_documents
 from mla_lm.errors import ADVICE, Diverged
 from mla_lm.inference.evaluate import metrics_of, totals_of
 from mla_lm.model.transformer import Transformer
@@ -28,9 +29,10 @@ class LanguageModel(L.LightningModule):
     """A `Transformer` and what it takes to train it.
 
     A training batch is one optimizer step's share of this device, (B, seq_len + 1) ids: inputs are all but the last,
-    targets all but the first. It is split into micro-batches here, so that a step of the loader, of Lightning and of
-    the optimiser are the same thing, however many devices and micro-batches share it; and cut into short windows where
-    the schedule has them.
+    targets all but the first. With `document_token`, `on_before_batch_transfer` adds the most documents that a
+    micro-batch has. The batch is split into micro-batches here, so that a step of the loader, of Lightning and of the
+    optimiser are the same thing, however many devices and micro-batches share it; and cut into short windows where the
+    schedule has them.
 
     Args:
         net: the network; in a checkpoint, `state_dict` has its own names
@@ -65,7 +67,7 @@ class LanguageModel(L.LightningModule):
         if stage == "fit" and self.trainer.strategy.broadcast(self.config.compile):
             prepare_folder()  # which this process has not done where it would not have compiled by itself
             torch.compiler.reset()  # or the compiler would give up after several jobs of a multirun
-            self.net.compile()  # a run has one shape, or two where it begins on short windows
+            self.net.compile()  # for few shapes: one or two lengths of windows, a few numbers of documents
 
     @property
     def lr(self) -> float:
@@ -78,20 +80,28 @@ class LanguageModel(L.LightningModule):
     def optimizer(self) -> LightningOptimizer:
         return cast(LightningOptimizer, self.optimizers())  # a list where there are several
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Any:
+        """Count a training step's documents while its windows are on the CPU, so that nothing waits for the device."""
+        if not self.trainer.training:
+            return batch
+        token, window = self.config.model.document_token, self.config.window_length(self.global_step)
+        return batch, None if token is None else most_documents(batch, token, window, self.config.micro_batch_size)
+
+    def training_step(self, batch: tuple[Tensor, int | None], batch_idx: int) -> None:
+        windows, documents = batch
         # Dropout is a pure function of (seed, step, rank): a resumed run draws what the first would have drawn.
         place = np.random.SeedSequence((self.config.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(place.generate_state(1, np.uint64)[0] >> 1))
         optimizer = self.optimizer
         for group in optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_share", 1.0)
-        micro_batches = batch.split(self.config.micro_batch_size)
+        micro_batches = windows.split(self.config.micro_batch_size)
         window = self.config.window_length(self.global_step)
         self.loss = torch.zeros((), device=self.device)
         for i, tokens in enumerate(micro_batches, start=1):
             with nullcontext() if i == len(micro_batches) else self._no_gradient_sync():
                 inputs, targets = (ids.reshape(-1, window) for ids in (tokens[:, :-1], tokens[:, 1:]))
-                loss = self.net(inputs, targets) / len(micro_batches)
+                loss = self.net(inputs, targets, most_documents=documents) / len(micro_batches)
                 self.manual_backward(loss)
             self.loss += loss.detach()
         step = self.global_step

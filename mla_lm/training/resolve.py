@@ -2,12 +2,16 @@
 
 from typing import Any, NamedTuple
 
+import torch
+
+from mla_lm.attention.documents import takes_all_at_once
 from mla_lm.attention.fp8 import check_fp8
 from mla_lm.config import SweepJob, TrainConfig, TrainerConfig
 from mla_lm.data.store import TokenStore
 from mla_lm.data.tokenizer import vocabulary_size
 from mla_lm.errors import UserError
 from mla_lm.hardware import (
+    DTYPES,
     choose_accelerator,
     choose_compile,
     choose_kernels,
@@ -71,9 +75,16 @@ def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: Sweep
     peak_flops = matmul_flops_per_second(machine.device, machine.precision) * config.world_size
     size = model_size(config.model, config.mean_window_length)
     flops = size.flops_per_token * config.tokens_per_step * config.trainer.max_steps
-    compiled, why = choose_compile(config.compile, machine.device, flops / peak_flops, config.data.document_mask)
+    compiled, why = choose_compile(config.compile, machine.device, flops / peak_flops, _by_document(config, machine))
     reasons = [*machine.reasons, f"compile     {compiled} ({why})"]
     return Resolved(changed(config, {"compile": compiled}), size, machine.device, peak_flops, reasons)
+
+
+def _by_document(config: TrainConfig, machine: Machine) -> bool:
+    """Whether attention is called for each document separately."""
+    device, dtype = torch.device(machine.device), DTYPES[machine.precision]
+    head_dim = config.model.layer_config().head_dim
+    return config.data.document_mask and not takes_all_at_once(device, dtype, head_dim)
 
 
 def _of_tokenizer(config: TrainConfig, store: TokenStore) -> dict[str, Any]:

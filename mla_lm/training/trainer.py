@@ -57,5 +57,6 @@ def _quieten() -> None:
     """Silence Lightning's warnings about choices that are intended."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # tokens are memory-mapped
+    warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`.*")  # as is meant
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # within lightning
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # its order is one of the step

@@ -2,18 +2,19 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._dynamo.backends.debugging import aot_eager
 
 from mla_lm import AttentionConfig, Transformer
 from mla_lm.attention import KINDS, documents
-from mla_lm.attention.documents import Documents
-from mla_lm.attention.sdpa import causal_attention
+from mla_lm.attention.documents import Documents, takes_all_at_once
+from tests import varlen_attention  # noqa: F401 - the kernel of a GPU, for a CPU
 from tests.attention.test_sdpa import BACKWARD, FORWARD, AttentionOps
 from tests.kinds import config_of
 
@@ -46,6 +47,10 @@ def test_where_documents_begin():
     assert found.lengths == [2, 5, 1, 2, 4]
     assert found.starts.tolist() == [0, 2, 7, 8, 10, 14]
     assert found.positions.tolist() == [[0, 1, 0, 1, 2, 3, 4], [0, 0, 1, 0, 1, 2, 3]]
+    padded = Documents.find(windows("0170112", "7707000"), END, most=8)
+    assert padded.starts.tolist() == [0, 2, 7, 8, 10, 14, 14, 14, 14]
+    assert padded.lengths == found.lengths
+    assert torch.equal(padded.positions, found.positions)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -109,47 +114,93 @@ def test_fused_for_every_document(kind):
     assert ops.softmaxes == 0
 
 
-class KernelOfAGPU(TorchDispatchMode):
-    """PyTorch's attention over documents of any lengths, which only a GPU has, with what it asks of its inputs."""
+@pytest.fixture
+def all_at_once(monkeypatch) -> list[int]:
+    """Take the kernel of a GPU for all documents at once; returns the head sizes that attention asked it for."""
+    asked = []
 
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
+    @torch.compiler.assume_constant_result
+    def always(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+        asked.append(head_dim)
+        return True
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() != "torch_attn::_varlen_attn":
-            return func(*args, **(kwargs or {}))
-        q, k, v, starts, key_starts, longest, longest_keys, causal, scale = args[:9]
-        assert q.shape == k.shape == v.shape
-        assert q.size(2) % 8 == 0
-        assert q.size(2) <= 256
-        assert {t.dtype for t in (q, k, v)} == {torch.bfloat16}
-        assert all(t.stride(-1) == 1 for t in (q, k, v))
-        assert starts.dtype == torch.int32
-        assert torch.equal(starts, key_starts)
-        assert longest == longest_keys >= starts.diff().max()
-        assert causal
-        self.shapes.append(tuple(q.shape))
-        lengths = starts.diff().tolist()
-        parts = zip(*(t.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for t in (q, k, v)), strict=True)
-        out = torch.cat([causal_attention(*part, scale) for part in parts], dim=2).squeeze(0).transpose(0, 1)
-        return out, q.new_empty(q.size(1), q.size(0), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
+    monkeypatch.setattr(documents, "takes_all_at_once", always)
+    return asked
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", [(8, 8, 4, 4), (12, 8, 4, 4), (8, 12, 4, 2), (5, 3, 4, 1), (24, 16, 2, 2)], ids=str)
-def test_all_at_once_gives_what_one_by_one_does(monkeypatch, sizes):
+def test_all_at_once_gives_what_one_by_one_does(request, sizes):
     dim, value_dim, heads, kv_heads = sizes
-    found = Documents.find(windows("0170112", "7707000"), END)
     q = torch.randn(2, heads, 7, dim).bfloat16()
     k, v = torch.randn(2, kv_heads, 7, dim).bfloat16(), torch.randn(2, kv_heads, 7, value_dim).bfloat16()
-    expected = documents.document_attention(q, k, v, 0.3, found)
-    monkeypatch.setattr(documents, "takes_all_at_once", lambda *_: True)
-    with KernelOfAGPU() as kernel:
+    expected = documents.document_attention(q, k, v, 0.3, Documents.find(windows("0170112", "7707000"), END))
+    asked = request.getfixturevalue("all_at_once")
+    for most in (5, 8):
+        found = Documents.find(windows("0170112", "7707000"), END, most)
         out = documents.document_attention(q, k, v, 0.3, found)
-    assert kernel.shapes == [(14, heads, -(-max(dim, value_dim) // 8) * 8)]
-    assert out.shape == (2, heads, 7, value_dim)
-    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+        assert out.shape == (2, heads, 7, value_dim)
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    assert asked == 2 * [max(dim, value_dim)]
+
+
+def training_pass(model: Callable, tokens: torch.Tensor, most: int | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss and its gradients."""
+    loss = model(tokens[:, :-1], tokens[:, 1:], most_documents=most)
+    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@settings(max_examples=10)
+@given(rows=st.lists(st.text("01234577", min_size=25, max_size=25), min_size=2, max_size=3), share=st.floats(0, 1))
+def test_counted_before_they_give_the_same_to_the_bit(kind, rows, share):
+    model, tokens = model_of(kind), windows(*rows)
+    count = len(Documents.find(tokens[:, :-1], END).lengths)
+    loss, gradients = training_pass(model, tokens, None)
+    again, others = training_pass(model, tokens, count + int(share * 40))
+    assert torch.equal(again, loss)
+    assert all(map(torch.equal, others, gradients))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_all_at_once_trains_as_one_by_one_does(request, kind):
+    model, tokens = model_of(kind), windows("1234574321" * 2 + "00000", "0123774567012370123456012")
+    loss, gradients = training_pass(model, tokens, None)
+    asked = request.getfixturevalue("all_at_once")
+    for most in (None, 16):
+        ours, others = training_pass(model, tokens, most)
+        torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
+    assert set(asked) == {model.config.layer_config().head_dim}
+
+
+@pytest.mark.parametrize(("kind", "checkpointing"), [("mla", False), ("mla", True), ("gqa", False)])
+def test_all_at_once_compiles_to_few_graphs(request, kind, checkpointing):
+    """Whatever documents a batch has, two graphs serve: for the first number of them, and for any other."""
+    model = model_of(kind, activation_checkpointing=checkpointing)
+    none, few, many = (
+        windows("0" * 25, "1" * 25),
+        windows("1234574321" * 2 + "00000", "0" * 25),
+        windows(*2 * ["7" * 25]),
+    )
+    batches = [(none, 2), (few, 4), (many, 64), (few, 8), (none, 2)]
+    expected = [training_pass(model, tokens, None) for tokens, _ in batches]
+    request.getfixturevalue("all_at_once")
+    torch.compiler.reset()
+    graphs = []
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs))
+    for (tokens, most), (loss, gradients) in zip(batches, expected, strict=True):
+        ours, others = training_pass(compiled, tokens, most)
+        torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(others, gradients, rtol=1e-4, atol=1e-6)
+    assert len(graphs) == 2
+    torch.compile(model.hidden_states, backend="aot_eager", fullgraph=True)(few[:, :-1], most_documents=8)
+
+
+def test_what_takes_documents_is_a_constant_of_a_compiled_graph():
+    torch.compiler.reset()
+    asks = torch.compile(lambda q: -q if takes_all_at_once(q.device, q.dtype, q.size(-1)) else q, fullgraph=True)
+    assert asks(torch.ones(3, 4)).tolist() == torch.ones(3, 4).tolist()
 
 
 def test_the_kernel_is_given_a_form_that_it_has():

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_lm.data.windows import EvaluationWindows, Order, StepBatchSampler, Windows, places_in_block
+from mla_lm.attention.documents import Documents
+from mla_lm.data.windows import (
+    EvaluationWindows,
+    Order,
+    StepBatchSampler,
+    Windows,
+    most_documents,
+    places_in_block,
+)
 from mla_lm.errors import UserError
 
 IGNORE = -100
@@ -170,3 +178,25 @@ def test_a_split_shorter_than_a_window_is_named():
     assert len(Windows(ids(17), 16)) == 1
     with pytest.raises(UserError, match="test split has 1 tokens"):
         EvaluationWindows(ids(1), 16, split="test")
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.sampled_from([(12, 12), (12, 4), (12, 1), (1, 1)]),
+    st.sampled_from([1, 2, 10, 1000]),
+    st.integers(0, 2**32 - 1),
+)
+def test_documents_are_counted_as_the_model_finds_them(micro_batches, together, sizes, vocab_size, seed):
+    seq_len, length = sizes
+    generator = torch.Generator().manual_seed(seed)
+    windows = torch.randint(vocab_size, (micro_batches * together, seq_len + 1), generator=generator)
+    before = windows.clone()
+    counts = [
+        len(Documents.find(part[:, :-1].reshape(-1, length), document_token=0).lengths)
+        for part in windows.split(together)
+    ]
+    most = most_documents(windows, 0, length, together)
+    assert torch.equal(windows, before)
+    assert max(counts) <= most < 2 * max(counts)
+    assert most.bit_count() == 1

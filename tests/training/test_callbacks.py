@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -14,6 +15,7 @@ from mla_lm.model.transformer import Transformer
 from mla_lm.training.callbacks import Metrics
 from mla_lm.training.module import LanguageModel
 from scripts.plan import composed
+from tests import varlen_attention  # noqa: F401 - the kernel of a GPU, for a CPU
 
 
 def test_pauses_are_left_out(monkeypatch):
@@ -43,18 +45,54 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_only_a_logging_step_reads_from_the_device(optimizer):
+class Copies(TorchFunctionMode):
+    """At which steps a tensor was copied to the host, which calls none of the operations above where it lies there."""
+
+    def __init__(self, trainer: L.Trainer):
+        super().__init__()
+        self.trainer, self.steps = trainer, set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.tolist, torch.Tensor.cpu):
+            self.steps.add(self.trainer.global_step)
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of(overrides: list[str], batches: torch.Tensor) -> set[int]:
+    """At which steps training on these batches, (steps, B, T + 1), reads from the device."""
     sizes = ["model=mla_tiny", "model.vocab_size=50", "model.seq_len=16", "tokens_per_step=64", "micro_batch_tokens=32"]
-    config = composed([*sizes, f"optimizer={optimizer}", "log_every_n_steps=4", "trainer.max_steps=10"])
+    config = composed([*sizes, *overrides, "log_every_n_steps=4", f"trainer.max_steps={len(batches)}"])
     module = LanguageModel(Transformer(config.model), config, torch.zeros(50, dtype=torch.int64), data_fingerprint="")
     silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     metrics = Metrics(config, flops_per_token=1.0, peak_flops=1.0)
     trainer = L.Trainer(
-        accelerator="cpu", precision="bf16-mixed", max_steps=10, callbacks=[metrics], **dict.fromkeys(silent, False)
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=len(batches),
+        callbacks=[metrics],
+        **dict.fromkeys(silent, False),
     )
-    batches = DataLoader(torch.randint(50, (12, 4, 17)), batch_size=None)
-    with warnings.catch_warnings(), Reads(trainer) as reads:
+    with warnings.catch_warnings(), Reads(trainer) as reads, Copies(trainer) as copies:
         warnings.simplefilter("ignore")  # of Lightning, on the loader
-        trainer.fit(module, batches)
-    assert reads.steps - {0} == {4, 8, 10}  # at 0 the loader draws a seed
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+    return (reads.steps | copies.steps) - {0}  # at 0 the loader draws a seed
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_only_a_logging_step_reads_from_the_device(optimizer):
+    assert reads_of([f"optimizer={optimizer}"], torch.randint(50, (10, 4, 17))) == {4, 8, 10}
+
+
+@pytest.mark.parametrize("documents", [2, 5, 50], ids=["many", "some", "few"])
+def test_documents_are_not_read_from_the_device(monkeypatch, documents):
+    """They are counted before the windows go there, if one kernel takes them all. Half of the steps cut the windows."""
+    monkeypatch.setattr("mla_lm.attention.documents.takes_all_at_once", lambda *_: True)
+    batches = torch.randint(documents, (10, 4, 17))
+    batches[:2] = 1  # no document begins within these
+    keys = ["model.document_token=0", "schedule.short_seq_len=8"]
+    assert reads_of(keys, batches) == {4, 8, 10}
+
+
+def test_documents_that_are_taken_one_by_one_are_read():
+    keys = ["model.document_token=0", "schedule.short_seq_len=8"]
+    assert reads_of(keys, torch.randint(5, (10, 4, 17))) == set(range(1, 11))

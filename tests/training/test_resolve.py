@@ -60,7 +60,7 @@ def test_a_document_mask_needs_the_end_of_text(config, store):
     resolved = resolve(config, MACHINE, store)
     assert resolved.config.model.document_token == store.end_of_text_id
     assert resolved.config.compile is False
-    assert "documents have other lengths" in resolved.reasons[2]
+    assert "they have other lengths in every batch" in resolved.reasons[2]
 
 
 @pytest.mark.parametrize(("key", "given"), [("vocab_size", 300), ("document_token", 0)])
