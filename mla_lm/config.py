@@ -26,6 +26,7 @@ ON_NONFINITE = ("stop", "skip")
 RESUME = (None, "auto")
 MOST_KEPT = 100  # versions of last.ckpt
 KV_CACHE_DTYPES = (None, "int8")
+MICRO_BATCH_TOKENS = 8192  # at once where micro_batch_tokens is open, but in training on a GPU
 
 
 @dataclass
@@ -115,8 +116,8 @@ class TrainConfig:
     init_from: str | None = marked(None, RUN_PATH)  # a run folder: begin a new run with its weights and tokenizer
     trust: bool = marked(False, INCIDENTAL)  # ckpt_path: the paths of a run that was made elsewhere may be used
     tokens_per_step: int = 2048  # over all devices and accumulated micro-batches
-    # at most this many go through a device at once; accumulation follows
-    micro_batch_tokens: int = marked(8192, INCIDENTAL)
+    # at most this many go through a device at once; accumulation follows. None: as the device's memory allows
+    micro_batch_tokens: int | None = marked(None, INCIDENTAL | FROM_MACHINE)
     val_every_n_steps: int = marked(300, INCIDENTAL)
     log_every_n_steps: int = marked(20, INCIDENTAL)
     # int8: the cache whose bytes are measured and logged; None: of the precision
@@ -159,8 +160,13 @@ class TrainConfig:
     def micro_batch_size(self) -> int:
         """Windows that go through one device at once: the largest divisor of its share that the cap allows."""
         share = self.sequences_per_step // self.world_size
-        most = max(1, self.micro_batch_tokens // self.model.seq_len)
+        most = max(1, (self.micro_batch_tokens or MICRO_BATCH_TOKENS) // self.model.seq_len)
         return max(size for size in range(1, min(share, most) + 1) if share % size == 0)
+
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Windows at once where a trained model is evaluated, maybe on a smaller device than it was trained on."""
+        return max(1, min(self.micro_batch_size, MICRO_BATCH_TOKENS // self.model.seq_len))
 
     @property
     def accumulation(self) -> int:

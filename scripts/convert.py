@@ -102,7 +102,7 @@ def texts(
 
 def figures(net: Transformer, windows: EvaluationWindows, tokenizer: Tokenizer, config: TrainConfig) -> str:
     """Quality of a model, in fp32, and the size of its cache."""
-    sums = sums_over(net, windows, torch.from_numpy(token_bytes(tokenizer)), config.micro_batch_size)
+    sums = sums_over(net, windows, torch.from_numpy(token_bytes(tokenizer)), config.evaluation_batch_size)
     metrics, size = metrics_of(sums.sum(-1)), model_size(net.config)
     cache = size.cache_bytes_per_token(net.config.num_layers, DTYPES[config.trainer.precision])
     return (

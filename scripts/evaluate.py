@@ -85,7 +85,7 @@ def main() -> None:
     lengths = torch.from_numpy(token_bytes(tokenizer)).to(device)
     with inference_autocast(device, config.trainer.precision):
         windows = SlidingWindows(tokens, seq_len, stride)
-        sums = evaluate(model, windows, lengths, config.micro_batch_size, cache_dtype)
+        sums = evaluate(model, windows, lengths, config.evaluation_batch_size, cache_dtype)
     text, totals = args.files or args.split or "test", sums.sum(-1)
     if not totals[2]:
         raise UserError(f"{text} has no text to predict: give more")

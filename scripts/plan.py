@@ -10,13 +10,14 @@ import torch
 
 from mla_lm.config import TrainConfig
 from mla_lm.errors import UserError
-from mla_lm.hardware import DTYPES, choose_accelerator, choose_precision
+from mla_lm.hardware import DTYPES, choose_accelerator, choose_precision, memory_bytes
 from mla_lm.model.memory import TrainingMemory, training_memory
 from mla_lm.model.size import model_size, same_size_as
 from mla_lm.runs.report import human_bytes
 from mla_lm.study.compose import check_without_data, train_config
 from mla_lm.terminal import cli
 from mla_lm.terminal.tables import table
+from mla_lm.training.resolve import choose_micro_batch
 
 CONF = Path(__file__).parents[1] / "conf"
 # The attention of both: arXiv 2405.04434, section 3.1.2 and appendix B. Their feed-forward is a mixture of experts;
@@ -59,6 +60,8 @@ def main() -> None:
         raise UserError(f"--context {context} is longer than model.seq_len={config.model.seq_len}: raise that")
     device, precision = hardware(config)
     dtype = DTYPES[precision]
+    if device != "cuda" or torch.cuda.is_available():  # of another GPU nothing is known
+        config.micro_batch_tokens, _ = choose_micro_batch(config, device, precision, memory_bytes(device))
     memory = training_memory(config.model, config.micro_batch_size, dtype, device, config.optimizer.kind)
     print(*model_lines(config), "", sep="\n")
     print(*training_lines(config, memory, precision, device), "", sep="\n")

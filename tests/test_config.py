@@ -39,7 +39,8 @@ def test_what_a_run_may_go_on_with():
 
 
 def test_what_is_filled_in_is_left_open_at_its_default_alone():
-    open_keys = ["compile", "model.vocab_size", "model.document_token", "trainer.accelerator", "trainer.precision"]
+    open_keys = ["compile", "micro_batch_tokens", "model.vocab_size", "model.document_token"]
+    open_keys += ["trainer.accelerator", "trainer.precision"]
     default = {key: "auto" if key.startswith("trainer.") else None for key in open_keys}
     assert all(is_left_open(key, value) for key, value in default.items())
     assert not is_left_open("compile", False)
@@ -150,3 +151,11 @@ def test_windows_are_short_in_the_first_steps():
     config = TrainConfig(schedule=ScheduleConfig(short_seq_len=32, short_fraction=0.5))
     assert (config.window_length(0), config.window_length(3599)) == (32, 256)
     assert config.mean_window_length == (32 + 256) / 2
+
+
+def test_a_model_is_evaluated_in_batches_that_any_device_holds():
+    config = TrainConfig(tokens_per_step=2**19, micro_batch_tokens=2**18, model=TransformerConfig(seq_len=1024))
+    assert (config.micro_batch_size, config.evaluation_batch_size) == (256, 8)
+    for tokens, size in ((None, 8), (2048, 2), (100, 1)):
+        config.micro_batch_tokens = tokens
+        assert config.micro_batch_size == config.evaluation_batch_size == size

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mla_lm.runs.config_file import read_config
 from tests.conftest import ROOT, SMALL, rows_of, summary_of
 
 pytestmark = [
@@ -332,6 +333,31 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     assert abs(held / planned - 1) < 0.1, (dtype, held, planned)
 """
 
+# A step of several micro-batches, each as large as is planned to fit: it needs no more, and not much less.
+LARGEST_MICRO_BATCH = """
+import torch
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
+from mla_lm.model.memory import largest_batch
+from mla_lm.optim.optimizer import OptimizerConfig, build_optimizer
+from mla_lm.training.resolve import ROOM
+
+attention = AttentionConfig(kind="mla", kv_compressed_dim=128, rope_dim=32, nope_dim=32, value_dim=64)
+config, room = TransformerConfig(4, 512, 8, 1024, 1536, attention, vocab_size=50257), 6 * 2**30
+size = largest_batch(config, 4096, room, torch.bfloat16, "cuda", "muon")
+model = Transformer(config).cuda()
+optimizer = build_optimizer(model, OptimizerConfig(kind="muon"), dtype=torch.bfloat16)
+tokens = torch.randint(50257, (size, 1025), device="cuda")
+for _ in range(2):
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert 0.4 * room < torch.cuda.max_memory_allocated() < room / ROOM, (size, torch.cuda.max_memory_allocated() / room)
+"""
+
 
 def run(*command: str, cwd=ROOT) -> str:
     """Standard output of a Python process; it skips the test by exit status 77."""
@@ -404,6 +430,10 @@ def test_training_in_fp8_beside_bf16(train, tmp_path, compiled):
     assert found == pytest.approx(expected, abs=0.1)
 
 
+def test_the_largest_micro_batch_fits():
+    run("-c", LARGEST_MICRO_BATCH)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "32-true"])
 @pytest.mark.parametrize("compiled", ["true", "false"])
 def test_training(train, tmp_path, precision, compiled):
@@ -412,6 +442,7 @@ def test_training(train, tmp_path, precision, compiled):
     if precision != "32-true":
         assert "TF32" not in said
     assert summary_of(tmp_path / "run")["accelerator"] == "gpu"
+    assert read_config(tmp_path / "run" / "config.yaml").micro_batch_tokens == 256  # the whole step
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from mla_lm.attention.kv_cache import ModelCache
-from mla_lm.config import TrainConfig
+from mla_lm.config import MICRO_BATCH_TOKENS, TrainConfig
 from mla_lm.data.tokenizer import encode, end_of_text_id
 from mla_lm.errors import UserError
 from mla_lm.hardware import DTYPES, inference_autocast
@@ -65,7 +65,8 @@ class RunLM(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, config = run
         self.precision, self.max_length = config.trainer.precision, config.model.seq_len
-        self.batch_size = max(1, config.micro_batch_tokens // self.max_length)
+        tokens = min(config.micro_batch_tokens or MICRO_BATCH_TOKENS, MICRO_BATCH_TOKENS)
+        self.batch_size = max(1, tokens // self.max_length)
         self.end = end_of_text_id(self.tokenizer, config.data.tokenizer.end_of_text)
         self.cut = 0  # requests whose context was too long for the model
         self._device = self.model.head.weight.device

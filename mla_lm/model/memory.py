@@ -1,5 +1,7 @@
 """The memory that a training step takes on one device, computed without allocating it."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,27 +59,50 @@ def training_memory(
     Raises:
         UserError (a ValueError): the configuration is invalid.
     """
+    return _by_batch_size(config, dtype, device, optimizer)(batch_size)
+
+
+def largest_batch(
+    config: TransformerConfig, share: int, room: int, dtype: torch.dtype, device: str = "cuda", optimizer: str = "adamw"
+) -> int:
+    """The largest divisor of `share` whose sequences train at once in `room` bytes; 1 where not even one does.
+
+    Args:
+        share: sequences that one device contributes to an optimizer step
+    """
+    memory, checkpointing = _by_batch_size(config, dtype, device, optimizer), config.activation_checkpointing
+    divisors = (size for size in range(share, 0, -1) if share % size == 0)
+    return next((size for size in divisors if memory(size).peak(checkpointing, share // size) <= room), 1)
+
+
+def _by_batch_size(
+    config: TransformerConfig, dtype: torch.dtype, device: str, optimizer: str
+) -> Callable[[int], TrainingMemory]:
+    """`training_memory` as a function of the batch size, which is quick to call again."""
     with torch.device("meta"):
         model = Transformer(config)
     weights = 4 * sum(p.numel() for p in model.parameters())
     matrices = _matrices(model)
-    kept, block = _kept_bytes(config, batch_size, dtype, checkpointing=False)
-    if device != "cpu":  # _kept_bytes runs the model as on a CPU
-        stored = stored_scores("cpu", dtype, config.seq_len)
-        scores = batch_size * config.num_heads * stored * dtype.itemsize
-        kept, block = kept - config.num_layers * scores, block - scores
-    checkpointed, _ = _kept_bytes(config, batch_size, dtype, checkpointing=True)
-    return TrainingMemory(
-        weights=weights + sum(b.nbytes for b in model.buffers()),
-        gradients=weights,
-        optimizer_state=2 * weights - (4 * matrices if optimizer == "muon" else 0),
-        weight_copies=_copies(model, dtype),
-        loss=_loss_bytes(model.head, batch_size * config.seq_len, dtype, device),
-        activations=kept,
-        checkpointed_activations=checkpointed,
-        recomputed_block=block,
-        feed_forward_gradients=3 * batch_size * config.seq_len * config.ff_hidden * dtype.itemsize,
-    )
+    plain = _kept_bytes(config, dtype, checkpointing=False)
+    checkpointed = _kept_bytes(config, dtype, checkpointing=True)
+    # _kept_bytes runs the model as on a CPU
+    scores = 0 if device == "cpu" else config.num_heads * stored_scores("cpu", dtype, config.seq_len) * dtype.itemsize
+
+    def of(batch_size: int) -> TrainingMemory:
+        kept, block = plain(batch_size)
+        return TrainingMemory(
+            weights=weights + sum(b.nbytes for b in model.buffers()),
+            gradients=weights,
+            optimizer_state=2 * weights - (4 * matrices if optimizer == "muon" else 0),
+            weight_copies=_copies(model, dtype),
+            loss=_loss_bytes(model.head, batch_size * config.seq_len, dtype, device),
+            activations=kept - config.num_layers * batch_size * scores,
+            checkpointed_activations=checkpointed(batch_size)[0],
+            recomputed_block=block - batch_size * scores,
+            feed_forward_gradients=3 * batch_size * config.seq_len * config.ff_hidden * dtype.itemsize,
+        )
+
+    return of
 
 
 def _matrices(model: Transformer) -> int:
@@ -90,15 +115,30 @@ def _copies(model: Transformer, dtype: torch.dtype) -> int:
     return 0 if dtype == torch.float32 else _matrices(model) * dtype.itemsize
 
 
-def _kept_bytes(config: TransformerConfig, batch_size: int, dtype: torch.dtype, checkpointing: bool) -> tuple[int, int]:
+def _kept_bytes(config: TransformerConfig, dtype: torch.dtype, checkpointing: bool) -> Callable[[int], tuple[int, int]]:
+    """`_kept_bytes_of` as a function of the batch size; from two sequences on, each further one adds the same."""
+    of_few = functools.cache(lambda batch_size: _kept_bytes_of(config, batch_size, dtype, checkpointing))
+
+    def of(batch_size: int) -> tuple[int, int]:
+        if batch_size <= 3:
+            return of_few(batch_size)
+        kept, block = (two + (batch_size - 2) * (three - two) for two, three in zip(of_few(2), of_few(3), strict=True))
+        return kept, block
+
+    return of
+
+
+def _kept_bytes_of(
+    config: TransformerConfig, batch_size: int, dtype: torch.dtype, checkpointing: bool
+) -> tuple[int, int]:
     """Bytes that the forward pass keeps, and one block's share of them, both without autocast's copies of weights.
 
-    The model itself runs on fake tensors, which have no data. A run with one block and one with one period of blocks
-    more tell what each further block adds.
+    The model itself runs on fake tensors, which have no data, so they cannot tell documents apart. A run with one block
+    and one with one period of blocks more tell what each further block adds.
     """
     sizes, period = [], KINDS[config.attention.kind].period
     for num_layers in (1, 1 + period):
-        part = replace(config, num_layers=num_layers, activation_checkpointing=checkpointing)
+        part = replace(config, num_layers=num_layers, activation_checkpointing=checkpointing, document_token=None)
         with FakeTensorMode():
             tokens = torch.zeros(batch_size, config.seq_len, dtype=torch.long)
             model = Transformer(part)

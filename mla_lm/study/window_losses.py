@@ -83,7 +83,7 @@ def measure(run: LoadedRun, tokens: Tokens | np.ndarray, device: str) -> WindowL
     windows = EvaluationWindows(tokens, config.model.seq_len, split="test")
     parts, positions, ended = [], torch.zeros(2, config.model.seq_len, dtype=torch.float64), 0
     with torch.no_grad(), inference_autocast(device, config.trainer.precision):
-        for batch in tqdm(DataLoader(windows, config.micro_batch_size), desc="evaluating", disable=None):
+        for batch in tqdm(DataLoader(windows, config.evaluation_batch_size), desc="evaluating", disable=None):
             found = [values.double().cpu() for values in losses_of(net, batch.to(device), lengths)]
             positions += torch.stack([values.sum(0) for values in found[:2]])
             ends = (batch[:, :-1] == end).sum(1)

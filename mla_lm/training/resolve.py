@@ -6,7 +6,7 @@ import torch
 
 from mla_lm.attention.documents import takes_all_at_once
 from mla_lm.attention.fp8 import check_fp8
-from mla_lm.config import SweepJob, TrainConfig, TrainerConfig
+from mla_lm.config import MICRO_BATCH_TOKENS, SweepJob, TrainConfig, TrainerConfig
 from mla_lm.data.store import TokenStore
 from mla_lm.data.tokenizer import vocabulary_size
 from mla_lm.errors import UserError
@@ -18,10 +18,16 @@ from mla_lm.hardware import (
     choose_precision,
     choose_products,
     matmul_flops_per_second,
+    memory_bytes,
     take_own_gpu,
 )
+from mla_lm.model.memory import largest_batch
 from mla_lm.model.size import ModelSize, model_size
 from mla_lm.runs.config_file import changed
+from mla_lm.runs.report import human_bytes
+
+ROOM = 0.85  # share of a GPU's memory that training is planned to take; the allocator leaves gaps
+CONTEXT_BYTES = 2**30  # that CUDA and its libraries take of it
 
 
 class Machine(NamedTuple):
@@ -29,6 +35,7 @@ class Machine(NamedTuple):
 
     device: str  # cpu, cuda or mps
     precision: str  # by Lightning's name
+    memory: int  # of the device in all, in bytes
     reasons: list[str]  # a line for each choice
 
 
@@ -56,7 +63,7 @@ def choose_machine(wanted: TrainerConfig) -> Machine:
     reasons.append(f"precision   {precision} ({why}{choose_products(device, precision)})")
     if wanted.fp8:
         check_fp8(device, precision)
-    return Machine(device, precision, reasons + choose_kernels(device))
+    return Machine(device, precision, memory_bytes(device), reasons + choose_kernels(device))
 
 
 def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: SweepJob | None = None) -> Resolved:
@@ -72,12 +79,35 @@ def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: Sweep
     accelerator = {"cuda": "gpu"}.get(machine.device, machine.device)
     of_machine = {"trainer.accelerator": accelerator, "trainer.precision": machine.precision}
     config = changed(config, of_machine | _of_tokenizer(config, store) | _of_sweep(config, job))
+    micro_batch_tokens, fits = choose_micro_batch(config, machine.device, machine.precision, machine.memory)
     peak_flops = matmul_flops_per_second(machine.device, machine.precision) * config.world_size
     size = model_size(config.model, config.mean_window_length)
     flops = size.flops_per_token * config.tokens_per_step * config.trainer.max_steps
     compiled, why = choose_compile(config.compile, machine.device, flops / peak_flops, _by_document(config, machine))
-    reasons = [*machine.reasons, f"compile     {compiled} ({why})"]
-    return Resolved(changed(config, {"compile": compiled}), size, machine.device, peak_flops, reasons)
+    reasons = [*machine.reasons, f"micro-batch {fits}", f"compile     {compiled} ({why})"]
+    config = changed(config, {"micro_batch_tokens": micro_batch_tokens, "compile": compiled})
+    return Resolved(config, size, machine.device, peak_flops, reasons)
+
+
+def choose_micro_batch(config: TrainConfig, device: str, precision: str, memory: int) -> tuple[int, str]:
+    """Choose how many tokens at most go through a device at once; return that and a description with the reason.
+
+    On a GPU it is the largest divisor of the device's share of a step for which `training_memory` fits.
+
+    Args:
+        config: `model.vocab_size` is set
+        memory: of the device in all, in bytes
+    """
+    if config.micro_batch_tokens is not None:
+        return config.micro_batch_tokens, f"at most {config.micro_batch_tokens:,} tokens (as configured)"
+    if device != "cuda":
+        return MICRO_BATCH_TOKENS, f"at most {MICRO_BATCH_TOKENS:,} tokens (the default on {device})"
+    share, seq_len = config.sequences_per_step // config.world_size, config.model.seq_len
+    room = int(ROOM * (memory - CONTEXT_BYTES))
+    windows = largest_batch(config.model, share, room, DTYPES[precision], device, config.optimizer.kind)
+    part = "the whole" if windows == share else f"1/{share // windows}"
+    why = f"{part} of a step{' on each GPU' * (config.world_size > 1)}, by the GPU's {human_bytes(memory)}"
+    return windows * seq_len, f"{windows * seq_len:,} tokens ({why})"
 
 
 def _by_document(config: TrainConfig, machine: Machine) -> bool:

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from mla_lm import Transformer, TransformerConfig
 from mla_lm.attention import KINDS
 from mla_lm.model.loss import linear_cross_entropy
-from mla_lm.model.memory import TrainingMemory, training_memory
+from mla_lm.model.memory import TrainingMemory, _kept_bytes, _kept_bytes_of, training_memory
 from mla_lm.optim.optimizer import OptimizerConfig, build_optimizer
 from tests.kinds import preset_of
 
@@ -104,3 +104,17 @@ def test_gradients_of_earlier_micro_batches_are_there_throughout():
     assert memory.peak(checkpointing=False, accumulation=2) == 10 + 20 + 5 + 100 + 7 + 10
     assert memory.peak(checkpointing=True) == 10 + 20 + 5 + 4 + 8 + 1
     assert memory.peak(checkpointing=True, accumulation=2) == 10 + 20 + 5 + 4 + 8 + 1 + 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_further_sequences_add_alike(kind):
+    config = TransformerConfig(*SHAPES[1][0], ATTENTION[kind], vocab_size=50)
+    of = _kept_bytes(config, torch.bfloat16, checkpointing=False)
+    assert of(11) == _kept_bytes_of(config, 11, torch.bfloat16, checkpointing=False)
+
+
+def test_documents_are_planned_for_as_one():
+    config = TransformerConfig(*SHAPES[0][0], ATTENTION["mla"], vocab_size=50)
+    one = training_memory(config, 2, torch.bfloat16)
+    config.document_token = 0
+    assert training_memory(config, 2, torch.bfloat16) == one

@@ -10,11 +10,15 @@ from mla_lm.data.config import DataConfig, TokenizerConfig
 from mla_lm.data.open_store import open_store
 from mla_lm.data.store import TokenStore
 from mla_lm.errors import UserError
+from mla_lm.hardware import memory_bytes
 from mla_lm.keys import flatten
 from mla_lm.model.config import TransformerConfig
-from mla_lm.training.resolve import Machine, Resolved, choose_machine, resolve
+from mla_lm.model.memory import training_memory
+from mla_lm.optim.optimizer import OptimizerConfig
+from mla_lm.training.resolve import CONTEXT_BYTES, ROOM, Machine, Resolved, choose_machine, choose_micro_batch, resolve
 
-MACHINE = Machine("cpu", "32-true", ["device      cpu (as configured)", "precision   32-true (as configured)"])
+REASONS = ["device      cpu (as configured)", "precision   32-true (as configured)"]
+MACHINE = Machine("cpu", "32-true", memory_bytes(), REASONS)
 SMALL = TransformerConfig(num_layers=1, d_model=32, num_heads=2, seq_len=32, ff_hidden=32)
 
 
@@ -38,13 +42,15 @@ def test_everything_is_filled_in_and_nothing_else_changes(config, store):
     changed = {key: value for key, value in ours.items() if value != theirs[key]}
     assert changed == {
         "compile": False,
+        "micro_batch_tokens": 8192,
         "model.vocab_size": 257,
         "trainer.accelerator": "cpu",
         "trainer.precision": "32-true",
     }
     assert all("filled_in" in MARKS[key] for key in changed)
     assert resolved.reasons[:2] == MACHINE.reasons
-    assert resolved.reasons[2].startswith("compile     False (compiling takes about ")
+    assert resolved.reasons[2] == "micro-batch at most 8,192 tokens (the default on cpu)"
+    assert resolved.reasons[3].startswith("compile     False (compiling takes about ")
     assert resolved.device == "cpu"
 
 
@@ -52,7 +58,7 @@ def test_resolving_again_changes_nothing(config, store):
     config = resolve(config, MACHINE, store).config
     again = resolve(config, MACHINE, store)
     assert again.config == config
-    assert again.reasons[2] == "compile     False (as configured)"
+    assert again.reasons[2:] == ["micro-batch at most 8,192 tokens (as configured)", "compile     False (as configured)"]
 
 
 def test_a_document_mask_needs_the_end_of_text(config, store):
@@ -60,7 +66,7 @@ def test_a_document_mask_needs_the_end_of_text(config, store):
     resolved = resolve(config, MACHINE, store)
     assert resolved.config.model.document_token == store.end_of_text_id
     assert resolved.config.compile is False
-    assert "they have other lengths in every batch" in resolved.reasons[2]
+    assert "they have other lengths in every batch" in resolved.reasons[3]
 
 
 @pytest.mark.parametrize(("key", "given"), [("vocab_size", 300), ("document_token", 0)])
@@ -90,3 +96,32 @@ def test_the_machine_is_what_is_asked_for():
     assert torch.get_float32_matmul_precision() == "highest"
     with pytest.raises(UserError, match="16-mixed needs a GPU"):
         choose_machine(TrainerConfig(accelerator="cpu", precision="16-mixed"))
+
+
+@pytest.mark.parametrize(("checkpointing", "document_token"), [(False, None), (True, 0)])
+def test_a_micro_batch_is_as_large_as_a_gpu_holds(checkpointing, document_token):
+    model = TransformerConfig(2, 64, 2, 64, 160, vocab_size=3000)
+    model.activation_checkpointing, model.document_token = checkpointing, document_token
+    config = TrainConfig(tokens_per_step=2 * 18 * 64, model=model, optimizer=OptimizerConfig(kind="muon"))
+    config.trainer.devices = 2
+    share, sizes = 18, (3, 6, 9, 18)
+    peaks = {
+        size: training_memory(model, size, torch.bfloat16, "cuda", "muon").peak(checkpointing, share // size)
+        for size in sizes
+    }
+    for room in (0, peaks[6], (peaks[6] + peaks[9]) // 2, max(peaks.values())):
+        memory = int(room / ROOM) + 1 + CONTEXT_BYTES
+        tokens, why = choose_micro_batch(config, "cuda", "bf16-mixed", memory)
+        expected = max((size for size in sizes if peaks[size] <= room), default=1)
+        assert tokens == expected * 64
+        part = "the whole" if expected == share else f"1/{share // expected}"
+        assert why.startswith(f"{tokens:,} tokens ({part} of a step on each GPU, by the GPU's 1.0 GiB"), why
+        config.micro_batch_tokens = tokens
+        assert config.micro_batch_size == expected
+        config.micro_batch_tokens = None
+
+
+def test_a_micro_batch_is_what_is_asked_for():
+    config = TrainConfig(micro_batch_tokens=1024)
+    assert choose_micro_batch(config, "cuda", "bf16-mixed", 2**40) == (1024, "at most 1,024 tokens (as configured)")
+    assert choose_micro_batch(TrainConfig(), "mps", "bf16-mixed", 2**40)[0] == 8192
