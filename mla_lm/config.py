@@ -209,11 +209,9 @@ class TrainConfig:
             raise UserError(
                 f"tokens_per_step={self.tokens_per_step} must be a multiple of model.seq_len x devices = {unit}"
             )
-        tokens = self.micro_batch_size * self.model.seq_len
-        if self.trainer.fp8 and tokens % MULTIPLE:
+        if self.trainer.fp8 and self.model.seq_len % MULTIPLE:
             raise UserError(
-                f"trainer.fp8=true needs micro-batches of a multiple of {MULTIPLE} tokens, and these have {tokens}: "
-                f"model.seq_len={self.model.seq_len} could be one"
+                f"trainer.fp8=true needs windows of a multiple of {MULTIPLE} tokens, not model.seq_len={self.model.seq_len}"
             )
 
 

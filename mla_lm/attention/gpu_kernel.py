@@ -35,9 +35,9 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return q.dtype == k.dtype and v.size(3) <= WIDEST and _serves(q, q.size(3))
 
 
-def takes_int8(q: Tensor, width: int) -> bool:
-    """Whether the kernel serves the queries (B, H, T, D) over an int8 cache whose keys have this width."""
-    return _serves(q, width)
+def takes_int8(q: Tensor, width: int, value_width: int) -> bool:
+    """Whether the kernel serves the queries (B, H, T, D) over an int8 cache with keys and values of these widths."""
+    return value_width <= WIDEST and _serves(q, width)
 
 
 def _serves(q: Tensor, width: int) -> bool:

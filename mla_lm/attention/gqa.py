@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mla_lm.attention import gpu_kernel
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.first_head import FirstHead, rotated_head, slow_rows
 from mla_lm.attention.kind import DERIVED, AttentionKind, TransformersForm, check_positive
@@ -14,7 +13,7 @@ from mla_lm.attention.kv_cache import LayerCache, length, position
 from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.rope import RotaryEmbedding, YarnConfig, rotate
-from mla_lm.attention.sdpa import quantized_attention
+from mla_lm.attention.sdpa import quantized_attention, reads_int8
 from mla_lm.errors import UserError
 
 
@@ -125,7 +124,7 @@ class MHA(AttentionLayer):
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H, T, D)
         k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        if cache is not None and cache.quantized and gpu_kernel.takes_int8(q, self.head_dim):
+        if cache is not None and reads_int8(q, cache):
             k, k_scales, v, v_scales = cache.store(k, v)
             out = quantized_attention(q, k, v, k_scales, v_scales, self.scale, cache.position)
         else:

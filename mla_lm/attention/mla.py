@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mla_lm.attention import gpu_kernel, mla_first_head
+from mla_lm.attention import mla_first_head
 from mla_lm.attention.documents import Documents, document_attention
 from mla_lm.attention.first_head import FirstHead
 from mla_lm.attention.kind import AttentionKind, TransformersForm
@@ -14,7 +14,7 @@ from mla_lm.attention.layer import AttentionLayer
 from mla_lm.attention.linear import Linear
 from mla_lm.attention.mla_config import MLAConfig, MLAOptions
 from mla_lm.attention.rope import RotaryEmbedding, rotate
-from mla_lm.attention.sdpa import causal_attention, quantized_attention, takes_narrow_values
+from mla_lm.attention.sdpa import causal_attention, quantized_attention, reads_int8, takes_narrow_values
 
 
 class LatentNorm(nn.RMSNorm):
@@ -82,7 +82,7 @@ class MLA(AttentionLayer):
         else:
             # (B, 1, T, kv_compressed_dim + rope_dim)
             entry = torch.cat((latent, k_rope.squeeze(2)), dim=-1).unsqueeze(1)
-            if cache.quantized and gpu_kernel.takes_int8(q_nope.transpose(1, 2), entry.size(-1)):
+            if reads_int8(q_nope.transpose(1, 2), cache):
                 out = self.absorbed_int8(q_nope, q_rope, *cache.store(entry), position=cache.position)
             else:
                 # Under autocast the new latent is fp32, as its norm is. The cache is read in the dtype of products.

@@ -7,7 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from mla_lm.attention import cpu_kernel, gpu_kernel
+from mla_lm.attention.kv_cache import LayerCache
 
+KERNELS = (cpu_kernel, gpu_kernel)  # our own: one query over a cache
 QUERIES = 256  # in a block of plain attention: fewer skip more of what the mask hides, more make fewer, larger products
 MOST_PLAIN_KEYS = 1024  # in bf16 on a CPU, products and a softmax are faster than the fused kernel up to this
 LEAST_KEYS = 2048  # splitting fewer keys between two threads costs more than it gains
@@ -40,7 +42,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, position: Te
         return q.new_empty(*q.shape[:3], v.size(3))
     if queries == keys and stored_scores(q.device.type, q.dtype, keys):
         return _plain(q, k, v, scale)
-    for kernel in (cpu_kernel, gpu_kernel):
+    for kernel in KERNELS:
         if kernel.takes(q, k, v):
             return kernel.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
     if _shared_on_gpu(q, k):
@@ -87,6 +89,17 @@ def _seen(scores: Tensor, position: Tensor | None) -> Tensor:
     return scores.masked_fill(torch.arange(scores.size(-1), device=scores.device) > position, float("-inf"))
 
 
+def reads_int8(q: Tensor, cache: LayerCache) -> bool:
+    """Whether the cache is int8 that `quantized_attention` reads as stored for the queries (B, H, T, D).
+
+    Its first tensor must be the keys. The values are the last one, or where it is the same, the first part of each key.
+    At a fixed position only the kernel of a GPU does, as it takes the number of keys from the device.
+    """
+    widths = sum(cache.parts[0]), cache.parts[-1][0]
+    kernels = KERNELS if cache.position is None else (gpu_kernel,)
+    return cache.quantized and any(kernel.takes_int8(q, *widths) for kernel in kernels)
+
+
 def quantized_attention(
     q: Tensor,
     k: Tensor,
@@ -96,11 +109,15 @@ def quantized_attention(
     scale: float,
     position: Tensor | None = None,
 ) -> Tensor:
-    """`causal_attention` of one query over an int8 cache, for queries that `gpu_kernel.takes_int8`.
+    """`causal_attention` of one query over an int8 cache, where `reads_int8` says that a kernel can.
 
     The scales are those of `quantize`, with shapes as in `gpu_kernel.attend_to_all`.
     """
-    out = gpu_kernel.attend_to_all(_rows(q, k) * scale, k, v, k_scales, v_scales, position)
+    q_rows = _rows(q, k) * scale
+    if position is None and cpu_kernel.takes_int8(q, k.size(3), v.size(3)):
+        out = cpu_kernel.attend_to_all(q_rows, k, v, k_scales, v_scales)
+    else:
+        out = gpu_kernel.attend_to_all(q_rows, k, v, k_scales, v_scales, position)
     return out.to(q.dtype).reshape(*q.shape[:3], -1)
 
 

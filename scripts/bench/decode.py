@@ -81,10 +81,18 @@ def precision(text: str) -> str:
 class Ours:
     """One of our models with a filled cache."""
 
-    def __init__(self, model: Transformer, batch: int, context: int, room: int, compiled: bool = False):
+    def __init__(
+        self,
+        model: Transformer,
+        batch: int,
+        context: int,
+        room: int,
+        compiled: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
         self.context, self.compiled = context, compiled
         self.model = copy.deepcopy(model).prepare_decoding(model.head.weight.dtype, compiled)
-        self.cache = model.new_cache(batch, context + room)
+        self.cache = model.new_cache(batch, context + room, dtype)
         for layer, stored in zip(self.cache.layers, entries(model, context), strict=True):
             if not stored:  # a layer that reads the keys of the one before it
                 continue

@@ -17,7 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_lm import AttentionConfig, Transformer, TransformerConfig
 from mla_lm.attention import cpu_kernel
+from mla_lm.attention.kv_cache import LARGEST, dequantize, quantize
 from mla_lm.attention.sdpa import causal_attention
 from mla_lm.errors import UserError
 from mla_lm.hardware import cpp_compiler
@@ -78,10 +80,105 @@ def test_equals_softmax_written_out(without, batch, heads, rows, keys, dims, dty
 
 
 @needs_compiler
+@on_every_cpu
+@settings(max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    rows=st.integers(1, 16),
+    keys=st.integers(1, 600),
+    parts=st.lists(st.integers(1, 6), min_size=1, max_size=2),
+    own_values=st.integers(0, 6),  # 0: they are the first part of the keys
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    spread=st.sampled_from([0.1, 1.0, 5.0, 50.0]),
+    exponents=st.tuples(*[st.integers(-40, 40)] * 2),  # of the keys' parts; the queries have the inverse
+    outliers=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_int8_equals_softmax_on_the_dequantised_cache(
+    without, batch, heads, rows, keys, parts, own_values, dtype, spread, exponents, outliers, seed
+):
+    """Within what rounding queries and weights to 16 bits can change.
+
+    A query is off by half a step for each element of a key, and so a score by that times the sum of the magnitudes. Of
+    32 scaled weights, each is off by half of 1 / 32767 of the largest, which is below 2^-11 of their sum by a value.
+    """
+    torch.manual_seed(seed)
+    parts = [cpu_kernel.LANES * n for n in parts]
+    if own_values and len(parts) == 2:
+        parts, own_values = parts[:1], 0
+    q = torch.randn(batch, rows, heads, sum(parts)).transpose(1, 2)
+    k = torch.randn(batch, heads, keys + 5, sum(parts))  # as in a cache with room
+    k[:, :, ::7] = 0
+    for piece, query, exponent in zip(k.split(parts, -1), q.split(parts, -1), exponents, strict=False):
+        if outliers:
+            piece *= 2.0 ** torch.randint(-20, 5, (keys + 5, 1))
+            query[..., :1] *= 30
+        piece *= 2.0**exponent
+        query *= spread * 2.0**-exponent * sum(parts) ** -0.5
+    q, (k_int8, k_scales) = q.to(dtype), (t[:, :, :keys] for t in quantize(k, parts))
+    v_int8, v_scales = k_int8[..., : parts[0]], k_scales[..., :1]
+    if own_values:
+        values = torch.randn(batch, keys, heads, cpu_kernel.LANES * own_values).transpose(1, 2)
+        v_int8, v_scales = quantize(values * 2.0 ** exponents[1], values.shape[-1:])
+    with on_a_cpu(without):
+        out = cpu_kernel.attend_to_all(q, k_int8, v_int8, k_scales, v_scales)
+    k = dequantize(k_int8, k_scales, parts, torch.float64)
+    v = dequantize(v_int8, v_scales, v_int8.shape[-1:], torch.float64)
+    weights = (q.double() @ k.mT).softmax(-1)
+    score_off = 1e-6 * q.double().abs() @ k.abs().mT
+    for query, piece in zip(q.double().split(parts, -1), k.split(parts, -1), strict=True):
+        score_off += query.abs().amax(-1, keepdim=True) / 2**16 * piece.abs().sum(-1).unsqueeze(2)
+    weight_off = (2 * score_off.amax(-1, keepdim=True)).expm1() + 1e-5
+    largest = weights @ v_scales.double() * LARGEST
+    assert ((out - weights @ v).abs() <= weight_off * (weights @ v.abs()) + (1 + weight_off) * largest / 2**11).all()
+
+
+@needs_compiler
+@on_every_cpu
+def test_int8_of_zeros(without):
+    values, scales = quantize(torch.zeros(1, 1, 40, 48), (32, 16))
+    with on_a_cpu(without):
+        for q in (torch.zeros(1, 1, 3, 48), torch.randn(1, 1, 3, 48)):
+            assert not cpu_kernel.attend_to_all(q, values, values[..., :32], scales, scales[..., :1]).any()
+
+
+@needs_compiler
 def test_is_an_operator_that_torch_can_compile():
-    torch.library.opcheck(
-        torch.ops.mla_lm.attend_to_all.default, (torch.randn(1, 2, 3, 16), *torch.randn(2, 1, 2, 9, 16))
+    q, k = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 9, 16)
+    values, scales = quantize(k, (16,))
+    torch.library.opcheck(torch.ops.mla_lm.attend_to_all.default, (q, k, k, None, None))
+    torch.library.opcheck(torch.ops.mla_lm.attend_to_all.default, (q, values, values, scales, scales))
+
+
+# without latents and keys of 16 or a multiple of it, no kernel would take them
+MLA = {"kv_compressed_dim": 32, "rope_dim": 16, "nope_dim": 16, "value_dim": 16}
+KINDS = [AttentionConfig(kind=kind, **MLA) for kind in ("mla", "gla", "mlra")]
+KINDS += [AttentionConfig(kind=kind, num_kv_heads=n) for kind, n in (("mha", 4), ("gqa", 2), ("mqa", 1))]
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("attention", KINDS, ids=[kind.kind for kind in KINDS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_compiled_step_reads_int8_as_stored_at_every_length(attention, dtype):
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(2, 64, 4, 64, 64, attention, vocab_size=100)).to(dtype).eval()
+    tokens, graphs = torch.randint(100, (2, 60)), []
+
+    def decoded(step) -> torch.Tensor:
+        cache = model.new_cache(2, 64, torch.int8)
+        model(tokens[:, :3], cache=cache)
+        return torch.cat([step(token, cache=cache) for token in tokens[:, 3:].split(1, 1)], 1)
+
+    compiled = torch.compile(
+        model.forward, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=True
     )
+    torch.compiler.reset()
+    tolerance = 1e-3 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(decoded(compiled), decoded(model), rtol=tolerance, atol=tolerance)
+    assert len(graphs) == 1
+    assert graphs[0].code.count("attend_to_all") == 2  # in both layers
 
 
 @needs_compiler

@@ -219,7 +219,7 @@ def test_a_cpu_does_not_take_it():
     q, k = torch.randn(1, 4, 1, 64, dtype=BF16), torch.randn(1, 1, 9, 64, dtype=BF16)
     with torch.no_grad():
         assert not gpu_kernel.takes(q, k, k)
-        assert not gpu_kernel.takes_int8(q, 64)
+        assert not gpu_kernel.takes_int8(q, 64, 64)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (BF16, 0.03)])

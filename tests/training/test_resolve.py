@@ -58,7 +58,10 @@ def test_resolving_again_changes_nothing(config, store):
     config = resolve(config, MACHINE, store).config
     again = resolve(config, MACHINE, store)
     assert again.config == config
-    assert again.reasons[2:] == ["micro-batch at most 8,192 tokens (as configured)", "compile     False (as configured)"]
+    assert again.reasons[2:] == [
+        "micro-batch at most 8,192 tokens (as configured)",
+        "compile     False (as configured)",
+    ]
 
 
 def test_a_document_mask_needs_the_end_of_text(config, store):
