@@ -211,7 +211,8 @@ class TrainConfig:
             )
         if self.trainer.fp8 and self.model.seq_len % MULTIPLE:
             raise UserError(
-                f"trainer.fp8=true needs windows of a multiple of {MULTIPLE} tokens, not model.seq_len={self.model.seq_len}"
+                f"trainer.fp8=true needs windows of a multiple of {MULTIPLE} tokens, and model.seq_len is "
+                f"{self.model.seq_len}"
             )
 
 

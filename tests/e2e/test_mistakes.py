@@ -38,7 +38,7 @@ MISTAKES = [
     (["schedule.short_seq_len=0"], ["schedule.short_seq_len=0", "at least 1"]),
     (["data.document_mask=true", "compile=true"], ["compile=true", "data.document_mask"]),
     (["trainer.fp8=true"], ["trainer.fp8=true", "32-true", "trainer.precision=bf16-mixed"]),
-    (["trainer.fp8=true", "model.seq_len=8"], ["multiple of 16 tokens", "model.seq_len=8"]),
+    (["trainer.fp8=true", "model.seq_len=8"], ["multiple of 16 tokens", "model.seq_len is 8"]),
     (["ckpt_path=a", "init_from=b"], ["a"]),
     (["experiment=foo"], ["experiment=foo"]),
     (["experiment=extend_context"], ["yarn.factor=4.0", "init_from=RUN"]),
