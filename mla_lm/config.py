@@ -13,7 +13,17 @@ from mla_lm import keys
 from mla_lm.attention.fp8 import MULTIPLE
 from mla_lm.data.config import DataConfig, PartConfig
 from mla_lm.errors import UserError
-from mla_lm.keys import ADJUSTABLE, FROM_MACHINE, INCIDENTAL, RUN_PATH, check_at_least, check_choice, flatten, marked
+from mla_lm.keys import (
+    ADJUSTABLE,
+    FROM_MACHINE,
+    FROM_MODEL,
+    INCIDENTAL,
+    RUN_PATH,
+    check_at_least,
+    check_choice,
+    flatten,
+    marked,
+)
 from mla_lm.model.config import TransformerConfig
 from mla_lm.optim.optimizer import OptimizerConfig
 from mla_lm.optim.schedule import ScheduleConfig, mean_window_length, window_length
@@ -115,7 +125,8 @@ class TrainConfig:
     ckpt_path: str | None = marked(None, INCIDENTAL)  # a run folder, or a checkpoint in one: go on with that run
     init_from: str | None = marked(None, RUN_PATH)  # a run folder: begin a new run with its weights and tokenizer
     trust: bool = marked(False, INCIDENTAL)  # ckpt_path: the paths of a run that was made elsewhere may be used
-    tokens_per_step: int = 2048  # over all devices and accumulated micro-batches
+    # over all devices and accumulated micro-batches. None: by the size of the model
+    tokens_per_step: int | None = marked(2048, FROM_MODEL)
     # at most this many go through a device at once; accumulation follows. None: as the device's memory allows
     micro_batch_tokens: int | None = marked(None, INCIDENTAL | FROM_MACHINE)
     val_every_n_steps: int = marked(300, INCIDENTAL)
@@ -139,9 +150,15 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig, metadata=INCIDENTAL)
 
     @property
+    def step_tokens(self) -> int:
+        """`tokens_per_step` where it is not open any more."""
+        assert self.tokens_per_step is not None
+        return self.tokens_per_step
+
+    @property
     def sequences_per_step(self) -> int:
         """Windows of model.seq_len tokens in one optimizer step, over all devices."""
-        return self.tokens_per_step // self.model.seq_len
+        return self.step_tokens // self.model.seq_len
 
     def window_length(self, step: int) -> int:
         """Tokens of the windows that a step trains on."""
@@ -205,7 +222,7 @@ class TrainConfig:
                 f"schedule.short_seq_len={short} must divide model.seq_len={self.model.seq_len}, or be null"
             )
         unit = self.model.seq_len * self.world_size
-        if self.tokens_per_step < unit or self.tokens_per_step % unit:
+        if self.tokens_per_step is not None and (self.tokens_per_step < unit or self.tokens_per_step % unit):
             raise UserError(
                 f"tokens_per_step={self.tokens_per_step} must be a multiple of model.seq_len x devices = {unit}"
             )
@@ -217,7 +234,6 @@ class TrainConfig:
 
 
 MARKS = keys.marks(TrainConfig)
-DEFAULTS = flatten(asdict(TrainConfig()))
 
 
 def may_change(key: str) -> bool:
@@ -226,8 +242,8 @@ def may_change(key: str) -> bool:
 
 
 def is_left_open(key: str, value: Any) -> bool:
-    """Whether this value leaves a dotted key to be filled in from the data or the machine."""
-    return "filled_in" in MARKS[key] and value == DEFAULTS[key]
+    """Whether this value leaves a dotted key to be filled in from the data, the machine or the model."""
+    return "filled_in" in MARKS[key] and value in (None, "auto")
 
 
 def differing(configs: list[TrainConfig]) -> list[str]:

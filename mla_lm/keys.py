@@ -14,8 +14,9 @@ from mla_lm.errors import UserError
 
 INCIDENTAL = {"incidental": True}  # does not change what a run computes
 ADJUSTABLE = {"adjustable": True}  # changes what a run computes, but a run may be resumed with another value
-FROM_DATA = {"filled_in": "data"}  # if left at its default, filled in from the tokenizer and the data
-FROM_MACHINE = {"filled_in": "machine"}  # if left at its default, chosen for the machine
+FROM_DATA = {"filled_in": "data"}  # if None or auto, filled in from the tokenizer and the data
+FROM_MACHINE = {"filled_in": "machine"}  # if None or auto, chosen for the machine
+FROM_MODEL = {"filled_in": "model"}  # if None, chosen for the model
 PATH = {"path": "files"}  # one or several files or folders; made absolute
 HUB_PATH = {"path": "hub"}  # a name on the Hugging Face Hub, or a folder with the same layout
 RUN_PATH = {"path": "run"}  # a run folder, kept as it was typed

@@ -17,7 +17,7 @@ from mla_lm.runs.report import human_bytes
 from mla_lm.study.compose import check_without_data, train_config
 from mla_lm.terminal import cli
 from mla_lm.terminal.tables import table
-from mla_lm.training.resolve import choose_micro_batch
+from mla_lm.training.resolve import choose_micro_batch, choose_tokens_per_step
 
 CONF = Path(__file__).parents[1] / "conf"
 # The attention of both: arXiv 2405.04434, section 3.1.2 and appendix B. Their feed-forward is a mixture of experts;
@@ -76,9 +76,11 @@ def composed(overrides: list[str]) -> TrainConfig:
     """
     config = train_config(CONF, overrides)
     unit = config.model.seq_len * config.world_size
-    if unit > 0 and config.tokens_per_step % unit:  # a long seq_len would need it set; a plan need not insist
-        config.tokens_per_step += unit - config.tokens_per_step % unit
+    if unit > 0 and (rest := (config.tokens_per_step or 0) % unit):  # a long seq_len would need it set
+        config.tokens_per_step = config.step_tokens + unit - rest  # a plan need not insist
     check_without_data(config)
+    if config.tokens_per_step is None:
+        config.tokens_per_step, _ = choose_tokens_per_step(config)
     return config
 
 
@@ -106,7 +108,7 @@ def model_lines(config: TrainConfig) -> list[str]:
 def training_lines(config: TrainConfig, memory: TrainingMemory, precision: str, device: str) -> list[str]:
     """Memory of one device without and with activation checkpointing."""
     batch, accumulation = config.micro_batch_size, config.accumulation
-    step = f"{config.tokens_per_step:,} tokens a step" + (f" in {accumulation} micro-batches" * (accumulation > 1))
+    step = f"{config.step_tokens:,} tokens a step" + (f" in {accumulation} micro-batches" * (accumulation > 1))
     peaks = [memory.peak(checkpointing, accumulation) for checkpointing in (False, True)]
     rows = [
         ("weights", memory.weights, memory.weights),

@@ -38,12 +38,13 @@ def test_what_a_run_may_go_on_with():
     assert [key for key in MARKS if may_change(key)] == sorted(MAY_CHANGE, key=list(MARKS).index)
 
 
-def test_what_is_filled_in_is_left_open_at_its_default_alone():
+def test_what_is_filled_in_is_left_open_as_null_or_auto_alone():
     open_keys = ["compile", "micro_batch_tokens", "model.vocab_size", "model.document_token"]
-    open_keys += ["trainer.accelerator", "trainer.precision"]
+    open_keys += ["tokens_per_step", "trainer.accelerator", "trainer.precision"]
     default = {key: "auto" if key.startswith("trainer.") else None for key in open_keys}
     assert all(is_left_open(key, value) for key, value in default.items())
     assert not is_left_open("compile", False)
+    assert not is_left_open("tokens_per_step", 2048)
     assert not is_left_open("trainer.precision", "32-true")
     assert not is_left_open("kv_cache_dtype", None)
 

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 
 from mla_lm.config import register_schema
 from mla_lm.model.size import model_size
+from mla_lm.study.compose import train_config
 from tests.conftest import ROOT
 from tests.kinds import preset_of
 
@@ -44,3 +45,23 @@ def test_experiments(name):
     config.model.vocab_size = vocab_size
     assert model_size(config.model).parameters == pytest.approx(parameters, rel=0.01)
     assert config.model.attention.kind == "mla"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tokens"),
+    [
+        ([], 2048),
+        (["trainer=cpu"], 2048),
+        (["trainer=gpu"], None),
+        (["trainer=gpu", "tokens_per_step=4096"], 4096),
+        (["trainer=gpu", "experiment=tinystories_30m"], 65536),
+        (["trainer=gpu", "debug=overfit"], 1024),
+    ],
+    ids=str,
+)
+def test_only_a_gpu_leaves_the_step_open(overrides, tokens):
+    config = train_config(ROOT / "conf", overrides)
+    assert config.tokens_per_step == tokens
+    assert config.trainer.accelerator == {"trainer=cpu": "cpu", "trainer=gpu": "gpu"}.get(
+        " ".join(overrides[:1]), "auto"
+    )

@@ -15,6 +15,7 @@ from mla_lm.model.config import TransformerConfig
 from mla_lm.model.size import ModelSize, model_size
 from mla_lm.study.compose import check_without_data, train_config
 from mla_lm.study.declaration import Entry, StudyConfig, parsed
+from mla_lm.training.resolve import choose_tokens_per_step
 
 MATCHED = 0.01  # largest difference in parameters, cache or FLOPs that counts as equal
 MULTIPLE = 8  # of the feed-forward's width: GPUs multiply such matrices fastest
@@ -78,7 +79,10 @@ class Planner:
         study = self.study
         entries = [parsed(entry) for entry in study.kinds or KINDS]
         reference = next((entry for entry in entries if entry == Entry(study.baseline or "", [])), entries[0])
-        tokens = self._tokens(self._config(reference, size)[1])  # the same for all kinds
+        config = self._config(reference, size)[1]  # its tokens, of a run and of a step, are those of all kinds
+        if config.tokens_per_step is None:
+            size = size._replace(overrides=[*size.overrides, f"tokens_per_step={choose_tokens_per_step(config)[0]}"])
+        tokens = self._tokens(config)
         rows = [self._row(entry, size, tokens) for entry in entries]
         of_kind = {row.kind: row for entry, row in reversed(list(zip(entries, rows, strict=True)))}
         baseline = of_kind[study.baseline] if study.baseline else None
@@ -158,10 +162,10 @@ class Planner:
 
 def lasting(row: PlannedRow, tokens: int) -> PlannedRow:
     """A copy of a row that trains on so many tokens, to the nearest step."""
-    steps = max(1, round(tokens / row.config.tokens_per_step))
+    steps = max(1, round(tokens / row.config.step_tokens))
     config = replace(row.config, trainer=replace(row.config.trainer, max_steps=steps))
     check_without_data(config)
-    return replace(row, config=config, steps=steps, tokens=steps * config.tokens_per_step, views=[])
+    return replace(row, config=config, steps=steps, tokens=steps * config.step_tokens, views=[])
 
 
 def matching_width(model: TransformerConfig, parameters: int) -> int:

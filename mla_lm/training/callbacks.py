@@ -97,14 +97,14 @@ class Metrics(Callback):
             "train/perplexity": math.exp(min(self.train_loss, 700.0)),
             "train/lr": module.optimizer.param_groups[0]["lr"],
             "train/grad_norm": module.grad_norm.item(),
-            "train/tokens": step * self.config.tokens_per_step,
+            "train/tokens": step * self.config.step_tokens,
             "memory/peak_mib": peak_memory_bytes(module.device.type) / 2**20,
         }
         if self.config.on_nonfinite == "skip":
             metrics["train/skipped_steps"] = module.skipped
         now = time.perf_counter()
         if self.mark:
-            rate = (step - self.mark[0]) * self.config.tokens_per_step / (now - self.mark[1])
+            rate = (step - self.mark[0]) * self.config.step_tokens / (now - self.mark[1])
             self.rates.append(rate)
             metrics["train/tokens_per_second"] = rate
             metrics["train/mfu"] = rate * self.flops_per_token / self.peak_flops

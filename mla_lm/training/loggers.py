@@ -180,7 +180,7 @@ def open_logger(config: TrainConfig, run: RunFolder, start_step: int, began: flo
         start_step: optimizer steps already done
         began: `time.monotonic()` when this process began to work on the run
     """
-    file = MetricsFile(run.metrics_file, config.tokens_per_step, start_step, began)
+    file = MetricsFile(run.metrics_file, config.step_tokens, start_step, began)
     return RunLogger(file, _open_service(config, run) if rank_zero_only.rank == 0 else None)
 
 

@@ -1,5 +1,6 @@
 """Fills in, once, what a configuration leaves to the machine, the data, and the run's sweep."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ from mla_lm.runs.report import human_bytes
 
 ROOM = 0.85  # share of a GPU's memory that training is planned to take; the allocator leaves gaps
 CONTEXT_BYTES = 2**30  # that CUDA and its libraries take of it
+PARAMETERS_PER_TOKEN = 250  # of a step: nanoGPT trains 124M parameters on half a million tokens at once
+LEAST_TOKENS = 2048
 
 
 class Machine(NamedTuple):
@@ -79,14 +82,33 @@ def resolve(config: TrainConfig, machine: Machine, store: TokenStore, job: Sweep
     accelerator = {"cuda": "gpu"}.get(machine.device, machine.device)
     of_machine = {"trainer.accelerator": accelerator, "trainer.precision": machine.precision}
     config = changed(config, of_machine | _of_tokenizer(config, store) | _of_sweep(config, job))
+    reasons = list(machine.reasons)
+    if config.tokens_per_step is None:
+        tokens, why = choose_tokens_per_step(config)
+        config = changed(config, {"tokens_per_step": tokens})
+        reasons.append(f"step        {tokens:,} tokens ({why})")
     micro_batch_tokens, fits = choose_micro_batch(config, machine.device, machine.precision, machine.memory)
     peak_flops = matmul_flops_per_second(machine.device, machine.precision) * config.world_size
     size = model_size(config.model, config.mean_window_length)
-    flops = size.flops_per_token * config.tokens_per_step * config.trainer.max_steps
+    flops = size.flops_per_token * config.step_tokens * config.trainer.max_steps
     compiled, why = choose_compile(config.compile, machine.device, flops / peak_flops, _by_document(config, machine))
-    reasons = [*machine.reasons, f"micro-batch {fits}", f"compile     {compiled} ({why})"]
+    reasons += [f"micro-batch {fits}", f"compile     {compiled} ({why})"]
     config = changed(config, {"micro_batch_tokens": micro_batch_tokens, "compile": compiled})
     return Resolved(config, size, machine.device, peak_flops, reasons)
+
+
+def choose_tokens_per_step(config: TrainConfig) -> tuple[int, str]:
+    """Choose the tokens of an optimizer step by the size of the model; return them and the reason.
+
+    They are the power of two nearest to the parameters over PARAMETERS_PER_TOKEN, then the nearest multiple of what a
+    step must be a multiple of.
+
+    Args:
+        config: `model.vocab_size` is set
+    """
+    parameters, unit = model_size(config.model).parameters, config.model.seq_len * config.world_size
+    tokens = max(LEAST_TOKENS, 2 ** round(math.log2(parameters / PARAMETERS_PER_TOKEN)))
+    return max(1, round(tokens / unit)) * unit, f"for {parameters:,} parameters"
 
 
 def choose_micro_batch(config: TrainConfig, device: str, precision: str, memory: int) -> tuple[int, str]:

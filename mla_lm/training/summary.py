@@ -41,7 +41,7 @@ def summary(
         **_network(config.model, size),
         "seed": config.seed,
         "steps": steps,
-        "tokens_seen": steps * config.tokens_per_step,
+        "tokens_seen": steps * config.step_tokens,
         "train_loss": finite_or_none(metrics.train_loss),
         **_quality("val", best),
         **_quality("test", tested),

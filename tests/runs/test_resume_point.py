@@ -212,3 +212,13 @@ def test_rows_of_a_damaged_metrics_file_are_left_out(command, run):
     (run / "metrics.jsonl").write_text("\n".join(damaged))
     succeeded(command.bare(f"ckpt_path={run}"))
     assert [row["step"] for row in rows_of(run) if "train/loss" in row] == list(range(1, 10))
+
+
+def test_a_step_that_is_left_open_is_no_other_run(train, tmp_path):
+    """As with trainer=gpu: the same command finds its run again, though config.yaml has a number."""
+    auto = ("tokens_per_step=null", "run.resume=auto", "hydra.run.dir=run")
+    succeeded(train(*auto))
+    assert summary_of(tmp_path / "run")["tokens_seen"] == 6 * 2048
+    assert "it has finished" in succeeded(train(*auto)).stdout
+    succeeded(train.bare("ckpt_path=run", "trainer.max_steps=7"))
+    refused(train.bare("ckpt_path=run", "tokens_per_step=null"), "tokens_per_step=null would change", "2048")

@@ -58,6 +58,7 @@ def test_a_sequence_longer_than_a_step_has_tokens():
 
 def test_a_gpu_is_planned_for_where_there_is_none():
     assert "on each cuda device in bf16-mixed" in succeeded(call("trainer=gpu", "model=mla_tiny")).stdout
+    assert "8,192 tokens a step" in succeeded(call("trainer=gpu", "model=mla_small")).stdout
     output = succeeded(call("trainer=gpu", "trainer.precision=16-mixed", "model=mla_tiny")).stdout
     assert "float16" in output
 

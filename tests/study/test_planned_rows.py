@@ -54,6 +54,16 @@ def test_the_view_by_flops_reuses_rows_that_are_equal_and_shortens_the_others():
     assert (row.rate_of, row.baseline) == (longer.name, "mha_small")
 
 
+def test_all_kinds_have_the_steps_of_the_baseline_on_a_gpu():
+    rows = rows_of("attention", "trainer=gpu", "kinds=[mla,mha]", "sizes=[tiny,small]", "cache_of=[]", "variants=[]")
+    sizes = (("tiny", 4096), ("small", 8192))
+    names = [f"{kind}_{size}-tokens_per_step{tokens}" for size, tokens in sizes for kind in ("mla", "mha")]
+    assert list(rows) == names
+    for row, tokens in zip(rows.values(), (4096, 4096, 8192, 8192), strict=True):
+        assert row.config.tokens_per_step == tokens
+        assert f"tokens_per_step={tokens}" in row.overrides
+
+
 def test_mha_that_is_rotated_as_mla_is_stands_beside_it():
     rows = rows_of("attention", "kinds=[mla,mha]")
     row, mla, mha = rows["mha_small-rope_dim16"], rows["mla_small"], rows["mha_small"]

@@ -15,7 +15,17 @@ from mla_lm.keys import flatten
 from mla_lm.model.config import TransformerConfig
 from mla_lm.model.memory import training_memory
 from mla_lm.optim.optimizer import OptimizerConfig
-from mla_lm.training.resolve import CONTEXT_BYTES, ROOM, Machine, Resolved, choose_machine, choose_micro_batch, resolve
+from mla_lm.training.resolve import (
+    CONTEXT_BYTES,
+    ROOM,
+    Machine,
+    Resolved,
+    choose_machine,
+    choose_micro_batch,
+    choose_tokens_per_step,
+    resolve,
+)
+from tests.kinds import preset_of
 
 REASONS = ["device      cpu (as configured)", "precision   32-true (as configured)"]
 MACHINE = Machine("cpu", "32-true", memory_bytes(), REASONS)
@@ -128,3 +138,33 @@ def test_a_micro_batch_is_what_is_asked_for():
     config = TrainConfig(micro_batch_tokens=1024)
     assert choose_micro_batch(config, "cuda", "bf16-mixed", 2**40) == (1024, "at most 1,024 tokens (as configured)")
     assert choose_micro_batch(TrainConfig(), "mps", "bf16-mixed", 2**40)[0] == 8192
+
+
+@pytest.mark.parametrize(
+    ("model", "vocab_size", "devices", "tokens"),
+    [
+        (preset_of("mla_tiny"), 4096, 1, 4096),  # 1.1M parameters
+        (preset_of("mla_small"), 4096, 1, 8192),  # 2.6M
+        (preset_of("mha_medium"), 50257, 1, 524_288),  # 124M, as nanoGPT
+        (preset_of("mla_medium"), 50257, 3, 525_312),  # the nearest multiple of three windows
+        (preset_of("mla_large"), 50257, 8, 1_048_576),  # 360M
+        (SMALL, 257, 1, 2048),
+        (replace(SMALL, seq_len=3000), 257, 2, 6000),
+    ],
+)
+def test_a_step_is_sized_by_the_model(model, vocab_size, devices, tokens):
+    config = TrainConfig(tokens_per_step=None, model=replace(model, vocab_size=vocab_size))
+    config.trainer.devices = devices
+    config.check()
+    config.tokens_per_step, why = choose_tokens_per_step(config)
+    config.check()
+    assert config.tokens_per_step == tokens
+    assert why.endswith(" parameters")
+
+
+def test_an_open_step_is_filled_in_and_named(config, store):
+    config.tokens_per_step = None
+    resolved = resolve(config, MACHINE, store)
+    assert resolved.config.tokens_per_step == 2048
+    assert resolved.reasons[2] == f"step        2,048 tokens (for {resolved.size.parameters:,} parameters)"
+    assert resolve(resolved.config, MACHINE, store).reasons[2].startswith("micro-batch")

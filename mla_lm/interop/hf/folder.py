@@ -112,7 +112,7 @@ def import_folder(source: Path, out: Path) -> TrainConfig:
         say(f"note        the last {padding:,} rows of the embedding belong to no token, and are left out")
         model = _without_padding(model, state, vocabulary_size(tokenizer))
     config = TrainConfig(model=model)
-    config.tokens_per_step = model.seq_len * max(1, config.tokens_per_step // model.seq_len)
+    config.tokens_per_step = model.seq_len * max(1, config.sequences_per_step)
     config.trainer.precision = "32-true"
     config.data.tokenizer.kind = "file"
     config.data.tokenizer.file = str(RunFolder(out.absolute()).tokenizer_file)
