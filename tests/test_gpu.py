@@ -445,6 +445,13 @@ def test_training(train, tmp_path, precision, compiled):
     assert read_config(tmp_path / "run" / "config.yaml").micro_batch_tokens == 256  # the whole step
 
 
+def test_what_a_gpu_leaves_open(train, tmp_path):
+    options = ("trainer=gpu", "trainer.accelerator=gpu", "tokens_per_step=null", "hydra.run.dir=run")
+    run(str(ROOT / "train.py"), *SMALL, *train.data, *options, cwd=tmp_path)
+    config = read_config(tmp_path / "run" / "config.yaml")
+    assert config.tokens_per_step == config.micro_batch_tokens == 2048
+
+
 @pytest.mark.parametrize(
     ("precision", "compiled"), [("bf16-mixed", "true"), ("16-mixed", "false"), ("32-true", "false")]
 )
