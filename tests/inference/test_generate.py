@@ -59,12 +59,15 @@ def test_a_step_is_one_graph_and_not_one_for_each_length(kind, dtype, batch):
         model.hidden_states, dynamic=True, fullgraph=True, backend=lambda graph, _: captured.append(graph) or graph
     )
     caches = [model.new_cache(batch, 21, dtype) for _ in range(2)]
+    # Sums are in another order. Over int8, the kernel of compiled steps rounds queries to 16 bits, after which a number
+    # of the next layer may round to another int8.
+    tolerance = 0.02 if dtype == torch.int8 else 1e-4
     with torch.no_grad():
         for cache in caches:
             model.hidden_states(tokens[:, :5], cache)
         for token in tokens[:, 5:].split(1, dim=1):
             stepped, expected = capture(token, caches[0]), model.hidden_states(token, caches[1])
-            torch.testing.assert_close(stepped, expected, rtol=1e-4, atol=1e-4)  # sums in another order
+            torch.testing.assert_close(stepped, expected, rtol=tolerance, atol=tolerance)
     assert len(captured) == 1
     products = [node for node in captured[0].graph.nodes if node.target is torch.nn.functional.linear]
     assert bool(products) == (batch > 1)  # of a single vector, each is a sum
