@@ -159,10 +159,11 @@ static void put_together(const std::vector<Part>& parts, const Sizes& n, float* 
 
 template <typename T>
 static void attend(Queries<T> queries, Cache<T> cache, const Sizes& n, float* out) {
-    const long chunks = (n.keys + CHUNK - 1) / CHUNK, heads = n.batch * n.heads, width = n.rows * (n.value_dim + 2);
-    std::unique_ptr<float[]> memory(new float[heads * chunks * width]);
+    const long chunks = (n.keys + CHUNK - 1) / CHUNK, heads = n.batch * n.heads;
+    const long vectors = (n.rows * (n.value_dim + 2) + LANES - 1) / LANES;  // of a chunk; Floats for their alignment
+    std::unique_ptr<Floats[]> memory(new Floats[heads * chunks * vectors]);
     auto part = [&](long head, long chunk) {
-        float* at = memory.get() + (head * chunks + chunk) * width;
+        float* at = (float*)(memory.get() + (head * chunks + chunk) * vectors);
         return Part{at, at + n.rows * n.value_dim, at + n.rows * (n.value_dim + 1)};
     };
 #pragma omp parallel

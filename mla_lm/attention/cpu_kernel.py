@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 HEADERS = [SOURCE.with_name(name) for name in ("cpu_products.h", "cpu_vectors.h")]
 LANES = 16  # head sizes must be a multiple of this
 DTYPES = (torch.float32, torch.bfloat16)  # of queries, and of a cache that is not int8
-WIDEST = 8192  # int8 key, so that sums of products fit into 32 bits
+WIDEST = 1024  # int8 key: sums of its products fit into 32 bits
 Sizes = ctypes.c_long * 19  # those of `Sizes` in cpu_kernel.cpp, in its order
 Pointers = ctypes.c_void_p * 4  # those of `Cache` there
 
@@ -54,8 +54,7 @@ def attend_to_all(
 
     Sums are accumulated in fp32. With bf16 inputs on a CPU that has bf16 product instructions, the softmax weights are
     rounded to bf16, as in PyTorch's kernel. Over int8 on a CPU that has integer product instructions (AVX512-VNNI),
-    queries are rounded to 16 bits of their largest magnitude, as are the softmax weights of 32 keys, and products are
-    exact.
+    queries and softmax weights are rounded to 1 / 16,000 of the largest in a row or in 32 keys, and products are exact.
 
     Args:
         q: (B, H_kv, rows, D), fp32 or bf16, already scaled; the query heads that share a key head are its rows

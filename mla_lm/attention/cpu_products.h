@@ -93,14 +93,17 @@ static inline __m512i load_pairs(const T* from) {  // if not whole: LANES values
     return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)from));
 }
 
-// Rounds floats to multiples of a step, which it returns; the largest magnitude becomes that of int16.
+// Rounds floats to multiples of a step, which it returns; the largest magnitude becomes LARGEST steps, so that the sum
+// of 1024 products with int8 fits into an int32.
+constexpr int LARGEST = INT32_MAX / (1024 * INT8_MAX);
+
 static inline float prepare(const float* from, int16_t* to, int size) {
     Floats largest = {};
     for (int i = 0; i < size; i += LANES) largest = LARGER(largest, LARGER(load(from + i), -load(from + i)));
-    const float step = LARGER(fold(largest, LARGER), 1e-30f) / INT16_MAX;
+    const float step = LARGER(fold(largest, LARGER), 1e-30f) / LARGEST;
     for (int i = 0; i < size; i += LANES) {
-        const __m512i rounded = _mm512_cvtps_epi32((__m512)(load(from + i) / step));
-        _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtsepi32_epi16(rounded));
+        const __m512i rounded = _mm512_cvtps_epi32((__m512)(load(from + i) * (1 / step)));
+        _mm256_storeu_si256((__m256i*)(to + i), _mm512_cvtepi32_epi16(rounded));
     }
     return step;
 }
@@ -124,11 +127,7 @@ static inline void score_pairs(const Q* q, long q_stride, const T* k, long strid
     int d = 0;
     for (; d + PAIRS <= dim; d += PAIRS) add_products<true, ROWS>(q + d, q_stride, k + d, stride, sums);
     if (d < dim) add_products<false, ROWS>(q + d, q_stride, k + d, stride, sums);
-    for (int r = 0; r < ROWS; r++) {
-        Floats floats[COUNT];
-        for (int j = 0; j < COUNT; j++) floats[j] = to_floats(sums[r][j]);
-        store_sums<COUNT>(scores[r] + at, floats);
-    }
+    for (int r = 0; r < ROWS; r++) store_sums<COUNT>(scores[r] + at, sums[r]);
 }
 
 // Takes the values of two keys at a time, interleaved so that each column's pair lies in one lane.

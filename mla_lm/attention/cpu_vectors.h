@@ -5,8 +5,11 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#ifdef __x86_64__
 #include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
@@ -29,14 +32,17 @@ static inline Floats load(const uint16_t* from) {  // bf16: the upper half of a 
     return (Floats)(__builtin_convertvector(x, Ints) << 16);
 }
 
+static inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
 static inline Floats load(const int8_t* from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // else GCC would convert one byte after the other
+    return to_floats((Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
     Bytes x;
     memcpy(&x, from, sizeof x);
-    return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats);
+    return to_floats(__builtin_convertvector(x, Ints));
+#endif
 }
-
-static inline Floats to_floats(Floats x) { return x; }
-static inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 static inline void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
 
@@ -75,6 +81,24 @@ static inline void store_sums(float* to, const Floats* x) {
 #endif
     for (int i = 0; i < COUNT; i++) to[i] = fold(x[i], ADD);
 }
+
+#ifdef __AVX512F__
+template <int COUNT>
+static inline void store_sums(float* to, const Ints* x) {
+    if constexpr (COUNT == 4) {
+        auto together = [](__m512i a, __m512i b) {
+            return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        };
+        const __m512i ab = together((__m512i)x[0], (__m512i)x[1]), cd = together((__m512i)x[2], (__m512i)x[3]);
+        const __m512i abcd = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+        const __m512i half = _mm512_add_epi32(abcd, _mm512_shuffle_i32x4(abcd, abcd, 0x0e));
+        const __m512i all = _mm512_add_epi32(half, _mm512_shuffle_i32x4(half, half, 0x01));
+        _mm_storeu_ps(to, _mm_cvtepi32_ps(_mm512_castsi512_si128(all)));
+        return;
+    }
+    for (int i = 0; i < COUNT; i++) to[i] = _mm512_reduce_add_epi32((__m512i)x[i]);
+}
+#endif
 
 static inline Floats exp(Floats x) {  // for x <= 0, by the polynomial of Cephes' expf
     x = x < -87.0f ? Floats{} - 87.0f : x;

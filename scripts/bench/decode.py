@@ -4,6 +4,7 @@ import argparse
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from statistics import median
 from typing import Any
@@ -24,7 +25,8 @@ Ours is MLA, absorbed, through its latent cache. transformers is DeepseekV3 with
 latents. MHA is ours, with as many parameters. --model takes presets in place of 6 layers of 384. Each makes tokens by
 its own `generate`, given the cache; transformers' model is also stepped through its cache without generate. Our steps
 are timed after the first three, with which --compile captures a CUDA graph on a GPU. Weights and caches have the
-precision named. "of the bytes' time" is how long the weights and the cache of our step take to be read,
+precision named. With --cache int8, both of ours decode over a cache of int8 too: "int8 over ours" is how many times as
+fast that is. "of the bytes' time" is how long the weights and the cache of our step take to be read,
 at the rate of a large sum in the same round, over how long the step takes: 1 where memory is the limit, more where a
 CPU's own caches hold some of them.
 """
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_numbers(parser, "--context", [1024, 8192, 32768], "cached tokens")
     add_numbers(parser, "--batch", [1, 8], "sequences at once")
     parser.add_argument("--compile", action="store_true", help="compile the steps of our models")
+    parser.add_argument("--cache", choices=("int8",), help="decode ours and MHA over such a cache too")
     add_precision(parser)
     measure.add_repeats(parser)
     measure.add_device(parser)
@@ -180,7 +183,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         check_compiler(device, "--compile")
     models = models_of(args.model)
     rows = [
-        decoded(models, name, batch, context, args.repeats, device, args.compile)
+        decoded(models, name, batch, context, args.repeats, device, args.compile, args.cache == "int8")
         for name, batch, context in product(args.precision, args.batch, args.context)
     ]
     first = [row for row in rows if (row["precision"], row["batch"]) == (args.precision[0], args.batch[0])]
@@ -208,6 +211,7 @@ def decoded(
     repeats: int,
     device: str,
     compiled: bool,
+    int8: bool,
 ) -> dict[str, Any]:
     """A row of the table."""
     count = max(8, min(32, 2**17 // context))  # the long caches take long
@@ -220,6 +224,11 @@ def decoded(
         Theirs(mla, batch, context),
         Ours(mha, batch, context, room, compiled),
     )
+    over_int8 = {
+        name: Ours(model, batch, context, room, compiled, torch.int8)
+        for name, model in (("ours", mla), ("mha", mha))
+        if int8
+    }
     torch.compiler.reset()  # torch compiles a function anew for a few models only
     prompts = torch.arange(batch, device=device).unsqueeze(1).expand(-1, context + 1)  # of which the last id is read
     tokens = ours.decode(prompts, count)
@@ -232,6 +241,7 @@ def decoded(
         "mha": lambda: of_mha.seconds(prompts, count, device),
         "memory": lambda: measure.seconds_of(large.sum, device),
     }
+    turns |= {f"{name}, int8": partial(model.seconds, prompts, count, device) for name, model in over_int8.items()}
     seconds = measure.interleaved(turns, repeats)
     share = count * ours.bytes_read / LARGE * measure.median_ratio(seconds["memory"], seconds["ours"])
     return {
@@ -244,4 +254,6 @@ def decoded(
         "same tokens": same,
         "cache MiB": ours.cache.nbytes / 2**20,
         "mha MiB": of_mha.cache.nbytes / 2**20,
+        **{f"int8 over {name}": measure.median_ratio(seconds[name], seconds[f"{name}, int8"]) for name in over_int8},
+        **{f"{name}, int8 MiB": model.cache.nbytes / 2**20 for name, model in over_int8.items()},
     }

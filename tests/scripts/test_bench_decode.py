@@ -49,6 +49,16 @@ def test_rows_and_ratios(tiny, tmp_path):
     assert "over transformers" in result.stdout
 
 
+def test_a_cache_of_int8_beside_ours(tiny, tmp_path):
+    sizes = ("--context", "60", "--batch", "1", "--precision", "bf16", "--repeats", "1", "--cache", "int8")
+    succeeded(call(tmp_path, *sizes, "--json", "out.json"))
+    row = json.loads((tmp_path / "out.json").read_text())["rows"][0]
+    assert row["int8 over ours"] > 0
+    assert row["int8 over mha"] > 0
+    # a latent and a key of 16 each, and their two scales of two bytes
+    assert row["ours, int8 MiB"] == row["cache MiB"] * (32 + 2 * 2) / (2 * 32)
+
+
 @pytest.mark.slow
 def test_compiled_it_makes_the_same_tokens(tiny, tmp_path, monkeypatch):
     asked = set()
