@@ -1,5 +1,9 @@
 """Causal attention by PyTorch's fused kernels for any head sizes, or by our own in decoding."""
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +40,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, position: Te
     """
     if position is not None:
         attend = gpu_kernel.attend_to_all if gpu_kernel.serves(q, k, v) else _by_products
-        return attend(_rows(q, k) * scale, k, v, position=position).to(q.dtype).reshape(*q.shape[:3], -1)
+        return _one_query(attend, q, k, v, scale, position=position)
     queries, keys = q.size(2), k.size(2)
     if q.numel() == 0:  # for which the kernels divide by zero, and that of the CPU ends the process
         return q.new_empty(*q.shape[:3], v.size(3))
@@ -44,9 +48,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, position: Te
         return _plain(q, k, v, scale)
     for kernel in KERNELS:
         if kernel.takes(q, k, v):
-            return kernel.attend_to_all(_rows(q, k) * scale, k, v).to(q.dtype).reshape(*q.shape[:3], -1)
+            return _one_query(kernel.attend_to_all, q, k, v, scale)
     if _shared_on_gpu(q, k):
-        return _by_products(_rows(q, k) * scale, k, v).reshape(*q.shape[:3], -1)
+        return _one_query(_by_products, q, k, v, scale)
     dim, value_dim = q.size(-1), v.size(-1)
     if value_dim < dim:
         v = F.pad(v, (0, dim - value_dim))
@@ -77,6 +81,11 @@ def _shared_on_gpu(q: Tensor, k: Tensor) -> bool:
     return q.size(2) == 1 and q.is_cuda and q.size(1) > k.size(1)
 
 
+def _one_query(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float, **options: Any) -> Tensor:
+    """`causal_attention` of one query by `attend`, which takes scaled rows, as `gpu_kernel.attend_to_all` does."""
+    return attend(_rows(q, k) * scale, k, v, **options).to(q.dtype).reshape(*q.shape[:3], -1)
+
+
 def _by_products(q: Tensor, k: Tensor, v: Tensor, position: Tensor | None = None) -> Tensor:
     """Attention of one query, whose few scores are stored; q is (B, H_kv, rows, D), already scaled."""
     return _seen(q @ k.mT, position).softmax(-1) @ v  # softmax sums in fp32 internally
@@ -93,11 +102,20 @@ def reads_int8(q: Tensor, cache: LayerCache) -> bool:
     """Whether the cache is int8 that `quantized_attention` reads as stored for the queries (B, H, T, D).
 
     Its first tensor must be the keys. The values are the last one, or where it is the same, the first part of each key.
-    At a fixed position only the kernel of a GPU does, as it takes the number of keys from the device.
     """
     widths = sum(cache.parts[0]), cache.parts[-1][0]
-    kernels = KERNELS if cache.position is None else (gpu_kernel,)
-    return cache.quantized and any(kernel.takes_int8(q, *widths) for kernel in kernels)
+    return cache.quantized and _int8_kernel(q, *widths, cache.position) is not None
+
+
+def _int8_kernel(q: Tensor, width: int, value_width: int, position: Tensor | None) -> ModuleType | None:
+    """Our kernel that serves the queries over an int8 cache with keys and values of these widths.
+
+    At a fixed position that is a GPU's alone, as it takes the number of keys from the device.
+    """
+    for kernel in KERNELS if position is None else (gpu_kernel,):
+        if kernel.takes_int8(q, width, value_width):
+            return kernel
+    return None
 
 
 def quantized_attention(
@@ -113,12 +131,9 @@ def quantized_attention(
 
     The scales are those of `quantize`, with shapes as in `gpu_kernel.attend_to_all`.
     """
-    q_rows = _rows(q, k) * scale
-    if position is None and cpu_kernel.takes_int8(q, k.size(3), v.size(3)):
-        out = cpu_kernel.attend_to_all(q_rows, k, v, k_scales, v_scales)
-    else:
-        out = gpu_kernel.attend_to_all(q_rows, k, v, k_scales, v_scales, position)
-    return out.to(q.dtype).reshape(*q.shape[:3], -1)
+    kernel: Any = _int8_kernel(q, k.size(3), v.size(3), position)
+    options = {"k_scales": k_scales, "v_scales": v_scales} | ({} if position is None else {"position": position})
+    return _one_query(kernel.attend_to_all, q, k, v, scale, **options)
 
 
 def _without_cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

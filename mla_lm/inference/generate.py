@@ -1,7 +1,9 @@
 """Sampling of continuations with a KV cache."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -73,23 +75,19 @@ def generate(
         return
     rows = _Rows(prompts, max_tokens, end, model.head.weight.size(0))
 
-    def read(tokens: Tensor) -> Tensor:
-        """Append the tokens to the cache; return logits of the last position alone, (B, V) in fp32."""
-        return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
-
     def choose(logits: Tensor) -> None:
         logits = penalize(logits, rows.seen, repetition_penalty)
         rows.append(pick(logits, temperature, top_k, top_p, min_p, generator))
 
     captured = compiled and can_capture(rows.given.device)
-    read_one = torch.compile(read, dynamic=True) if compiled else read
+    read_one = _compiled_read(model) if compiled else _read
     for chunk in rows.given[:, cache.length : shortest].split(PREFILL, dim=1):
-        logits = (read if captured or chunk.size(1) > 1 else read_one)(chunk)
+        logits = (_read if captured or chunk.size(1) > 1 else read_one)(model, chunk, cache)
     choose(logits)
     yield rows.new.clone()
 
     def step() -> None:
-        choose(read_one(rows.last))
+        choose(read_one(model, rows.last, cache))
 
     if not captured:
         for _ in range(shortest + 1, end):
@@ -102,6 +100,25 @@ def generate(
             cache.reserve(1)
             step()
             yield rows.new.clone()
+
+
+def _read(model: Transformer, tokens: Tensor, cache: ModelCache) -> Tensor:
+    """Append the tokens (B, T) to the cache; return logits of the last position alone, (B, V) in fp32."""
+    return model.head(model.hidden_states(tokens, cache)[:, -1]).float()
+
+
+_COMPILED: WeakKeyDictionary[Transformer, Callable[..., Tensor]] = WeakKeyDictionary()
+
+
+def _compiled_read(model: Transformer) -> Callable[..., Tensor]:
+    """`_read`, compiled for this model alone.
+
+    torch compiles one function's code 8 times at most, and from there on runs it uncompiled. Each model compiles a copy
+    of the code, so that the number of models has no limit.
+    """
+    if model not in _COMPILED:
+        _COMPILED[model] = torch.compile(FunctionType(_read.__code__.replace(), globals()), dynamic=True)
+    return _COMPILED[model]
 
 
 class _Rows:

@@ -82,7 +82,7 @@ def _by_batch_size(
     with torch.device("meta"):
         model = Transformer(config)
     weights = 4 * sum(p.numel() for p in model.parameters())
-    matrices = _matrices(model)
+    matrices, copies = _matrices(model), _copies(model, dtype)
     plain = _kept_bytes(config, dtype, checkpointing=False)
     checkpointed = _kept_bytes(config, dtype, checkpointing=True)
     # _kept_bytes runs the model as on a CPU
@@ -94,7 +94,7 @@ def _by_batch_size(
             weights=weights + sum(b.nbytes for b in model.buffers()),
             gradients=weights,
             optimizer_state=2 * weights - (4 * matrices if optimizer == "muon" else 0),
-            weight_copies=_copies(model, dtype),
+            weight_copies=copies,
             loss=_loss_bytes(model.head, batch_size * config.seq_len, dtype, device),
             activations=kept - config.num_layers * batch_size * scores,
             checkpointed_activations=checkpointed(batch_size)[0],

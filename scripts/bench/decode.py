@@ -26,9 +26,9 @@ latents. MHA is ours, with as many parameters. --model takes presets in place of
 its own `generate`, given the cache; transformers' model is also stepped through its cache without generate. Our steps
 are timed after the first three, with which --compile captures a CUDA graph on a GPU. Weights and caches have the
 precision named. With --cache int8, both of ours decode over a cache of int8 too: "int8 over ours" is how many times as
-fast that is. "of the bytes' time" is how long the weights and the cache of our step take to be read,
-at the rate of a large sum in the same round, over how long the step takes: 1 where memory is the limit, more where a
-CPU's own caches hold some of them.
+fast that is. "of the bytes' time" is how long the weights and the cache of our step take to be read, at the rate of a
+large sum in the same round, over how long the step takes: 1 where memory is the limit, more where a CPU's own caches
+hold some of them.
 """
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MLA = TransformerConfig(
@@ -229,8 +229,6 @@ def decoded(
         for name, model in (("ours", mla), ("mha", mha))
         if int8
     }
-    torch.compiler.reset()  # torch compiles a function anew for a few models only
-    torch._dynamo.config.recompile_limit = 16  # which four models need, as each step is compiled a few times
     prompts = torch.arange(batch, device=device).unsqueeze(1).expand(-1, context + 1)  # of which the last id is read
     tokens = ours.decode(prompts, count)
     same = all(torch.equal(tokens, other(prompts, count)) for other in (theirs.decode, theirs.step))

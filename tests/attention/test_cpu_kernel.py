@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_lm import AttentionConfig, Transformer, TransformerConfig
@@ -95,13 +95,15 @@ def test_equals_softmax_written_out(without, batch, heads, rows, keys, dims, dty
     outliers=st.booleans(),
     seed=st.integers(0, 2**31),
 )
+@example(2, 3, 13, 2, [1, 1], 1, torch.float32, 1.0, (20, 0), True, 756)
 def test_int8_equals_softmax_on_the_dequantised_cache(
     without, batch, heads, rows, keys, parts, own_values, dtype, spread, exponents, outliers, seed
 ):
     """Within what the rounding of queries and weights can change.
 
     The elements of a query are off by half a step, so a score is off by as much of the sum of the key's magnitudes. Of
-    32 weights times scales, each is off by 1 / 33,000 of the largest, so their sum by at most 1 / 1,000 of it.
+    32 weights times scales, each is off by 1 / 33,000 of the largest, so their sum by at most 1 / 1,000 of it. Weights
+    below the smallest normal number of fp32 become that number.
     """
     torch.manual_seed(seed)
     parts = [cpu_kernel.LANES * n for n in parts]
@@ -131,7 +133,9 @@ def test_int8_equals_softmax_on_the_dequantised_cache(
         score_off += query.abs().amax(-1, keepdim=True) / 33_000 * piece.abs().sum(-1).unsqueeze(2)
     weight_off = (2 * score_off.amax(-1, keepdim=True)).expm1() + 1e-5
     largest = weights @ v_scales.double() * LARGEST
-    assert ((out - weights @ v).abs() <= weight_off * (weights @ v.abs()) + (1 + weight_off) * largest / 1000).all()
+    tiny = torch.finfo(torch.float32).tiny * v.abs().sum(2, keepdim=True)
+    allowed = weight_off * (weights @ v.abs()) + (1 + weight_off) * largest / 1000 + 2 * tiny
+    assert ((out - weights @ v).abs() <= allowed).all()
 
 
 @needs_compiler
@@ -181,7 +185,8 @@ def test_one_compiled_step_reads_int8_as_stored_at_every_length(attention, dtype
     tolerance = 1e-3 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(decoded(compiled), decoded(model), rtol=tolerance, atol=tolerance)
     assert len(graphs) == 1
-    assert graphs[0].code.count("attend_to_all") == 2  # in both layers
+    kernels = [node for node in graphs[0].graph.nodes if node.target is torch.ops.mla_lm.attend_to_all.default]
+    assert len(kernels) == 2  # in both layers
 
 
 @needs_compiler

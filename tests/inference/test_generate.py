@@ -85,6 +85,16 @@ def test_compiled_it_gives_the_same(kind, batch):
     assert torch.equal(compiled, sample(model, prompts, 15, temperature=0))
 
 
+@pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
+def test_every_model_is_compiled_however_many_there_are():
+    torch.compiler.reset()
+    counters.clear()
+    for kind in ("mla", "mha", "gqa", "mqa"):
+        sample(model_of(kind), torch.randint(61, (2, 7)), 3, compiled=True)
+    assert counters["stats"]["unique_graphs"] == 4
+
+
 @pytest.fixture
 def uncaptured(monkeypatch):
     """Let the CPU take the GPU's path, whose steps it runs as they are: neither compiled nor captured."""
