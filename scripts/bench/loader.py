@@ -15,7 +15,8 @@ from mla_lm.data.sources import open_source
 from mla_lm.data.tokenizer import encode_batch, vocabulary_size
 from mla_lm.training.datamodule import TextDataModule
 from scripts.bench import measure
-from scripts.bench.train import OurTraining, add_work, our_config, settle, tokens_of
+from scripts.bench.ours import OurTraining
+from scripts.bench.train import add_work, our_config, settle, tokens_of
 
 DESCRIPTION = """The data loader alone, in tokens per second, over the rate of training on what it loads.
 
