@@ -275,10 +275,11 @@ def size_of(preset: str, vocab_size: int, window: int | None = None) -> ModelSiz
 
 def test_the_sizes_of_the_result():
     text = (ROOT / "README.md").read_text()
-    for kind in ("mla", "mqa", "gqa", "mha"):
+    for kind in ("mla", "mla_shared", "mla_qk_norm", "mqa", "gqa", "mha"):
         size = size_of(f"{kind}_small", 4096, window=640)  # the mean of short and long windows
         assert f"{size.parameters / 1e6:.1f}M parameters and {size.flops_per_token / 1e6:.1f}M FLOPs per token" in text
-        assert f"| {kind.upper()} | {size.cache_bytes_per_token(4, torch.bfloat16):,} |" in text.replace("*", "")
+        name = f"(`{kind}`)" if "_" in kind else f"| {kind.upper()}"
+        assert f"{name} | {size.cache_bytes_per_token(4, torch.bfloat16):,} |" in text.replace("*", "")
 
 
 def test_the_table_of_presets():

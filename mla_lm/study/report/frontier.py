@@ -134,23 +134,33 @@ def x_range_of(points: list[dict]) -> tuple[float, float]:
 
 
 def place_labels(points: list[dict], x_range: tuple[float, float], y_range: tuple[float, float]) -> None:
-    """Give each point `at`, the height of its label in units of y: its own, or another where labels would overlap.
+    """Give each point `at`, the height of its label in units of y: its own, or another where that place is taken.
 
-    Labels move up, and down again where they would leave the chart. Distances are those on a phone, where there is
-    the least room.
+    Labels move up until they lie on no other label and no other point, and down again where they would leave the chart,
+    where they keep clear of labels alone. Distances are those on a phone, where there is the least room.
     """
-    width = LETTER * max(len(point["series"]) for point in points)
     step = LABEL_HEIGHT * (y_range[1] - y_range[0]) / HEIGHT
 
     def across(point: dict) -> float:
         return NARROW * math.log(point["x"] / x_range[0]) / math.log(x_range[1] / x_range[0])
 
+    def reaches(point: dict, other: dict) -> bool:
+        """Whether the label of the point ends beyond the place where the other point is."""
+        return across(other) - LETTER * len(point["series"]) < across(point) <= across(other)
+
     def neighbours(point: dict, placed: list[dict]) -> list[dict]:
-        return [other for other in placed if abs(across(point) - across(other)) < width]
+        return [other for other in placed if reaches(point, other) or reaches(other, point)]
+
+    def covered(point: dict) -> list[float]:
+        """Heights of the points that its label would lie on."""
+        return sorted(other["y"] for other in points if other is not point and reaches(point, other))
 
     placed: list[dict] = []
     for point in sorted(points, key=lambda point: point["y"]):
         point["at"] = max([point["y"], *(other["at"] + step for other in neighbours(point, placed))])
+        for taken in covered(point):
+            if abs(taken - point["at"]) < step:
+                point["at"] = taken + step
         placed.append(point)
     placed = []
     for point in sorted(points, key=lambda point: -point["at"]):

@@ -55,6 +55,15 @@ def test_labels_do_not_overlap_even_on_a_phone(points):
     assert max(across.values()) + LETTER * len("mla 0") <= NARROW
 
 
+def test_a_label_does_not_lie_on_another_point():
+    marks = [{"series": "mla", "x": 640.0, "y": 3.26}, {"series": "mqa", "x": 768.0, "y": 3.275}]
+    marks.append({"series": "mha", "x": 3072.0, "y": 3.27})  # far to the right, where nothing is in the way
+    place_labels(marks, x_range_of(marks), (3.2, 3.6))
+    step = LABEL_HEIGHT / HEIGHT * 0.4
+    assert abs(marks[0]["at"] - marks[1]["y"]) >= step - 1e-6
+    assert marks[2]["at"] == 3.27
+
+
 def test_each_size_and_view_can_be_chosen():
     rows = a_result(("mla", "mha"), sizes=("tiny", "small")).rows
     views = {"parameters": [row.name for row in rows], "cache": ["mla_tiny"]}
