@@ -131,7 +131,8 @@ def quantized_attention(
 
     The scales are those of `quantize`, with shapes as in `gpu_kernel.attend_to_all`.
     """
-    kernel: Any = _int8_kernel(q, k.size(3), v.size(3), position)
+    kernel = _int8_kernel(q, k.size(3), v.size(3), position)
+    assert kernel is not None  # as `reads_int8` said
     options = {"k_scales": k_scales, "v_scales": v_scales} | ({} if position is None else {"position": position})
     return _one_query(kernel.attend_to_all, q, k, v, scale, **options)
 

@@ -114,7 +114,7 @@ def _compiled_read(model: Transformer) -> Callable[..., Tensor]:
     """`_read`, compiled for this model alone.
 
     torch compiles one function's code 8 times at most, and from there on runs it uncompiled. Each model compiles a copy
-    of the code, so that the number of models has no limit.
+    of the code, so that the number of models has no limit; one model needs a few, for its caches and batches.
     """
     if model not in _COMPILED:
         _COMPILED[model] = torch.compile(FunctionType(_read.__code__.replace(), globals()), dynamic=True)

@@ -8,7 +8,8 @@ from mla_lm.study.report.numbers import MEASURES, joined, spread
 from mla_lm.study.result import Row
 
 LABEL_HEIGHT, LETTER = 14, 7  # pixels that the label of a point takes, and each letter of it at most
-NARROW = 220  # pixels between the axes on a phone
+AWAY, RADIUS = 10, 6  # pixels from a point to its label, and from its middle to its edge
+NARROW, WIDE = 220, 560  # pixels between the axes on a phone, and in a picture
 
 
 def frontier(rows: list[Row], look: dict[str, Series], views: dict[str, list[str]], measure: str) -> Figure | None:
@@ -95,7 +96,7 @@ def _frontier(rows: list[Row], look: dict[str, Series], measure: str) -> Spec:
         "mark": {"type": "rule", "color": colour("muted"), "strokeWidth": 0.7, "xOffset": 4, "x2Offset": 9},
         "encoding": {"x2": {"field": "x"}, "y2": {"field": "at"}},
     }
-    right = {"type": "text", "align": "left", "baseline": "middle", "dx": 10}
+    right = {"type": "text", "align": "left", "baseline": "middle", "dx": AWAY}
     layers = [
         {
             "transform": [{"filter": "datum.front === 'yes'"}],
@@ -129,7 +130,7 @@ def quantity(field: str) -> Spec:
 def x_range_of(points: list[dict]) -> tuple[float, float]:
     """Ends of a logarithmic axis, with room for a label to the right of the last point, even on a phone."""
     start, last = min(point["x"] for point in points) / 1.5, max(point["x"] for point in points)
-    label = (LETTER * max(len(point["series"]) for point in points) + 10) / NARROW
+    label = (LETTER * max(len(point["series"]) for point in points) + AWAY) / NARROW
     return start, last * (last / start) ** (label / (1 - label))
 
 
@@ -137,23 +138,26 @@ def place_labels(points: list[dict], x_range: tuple[float, float], y_range: tupl
     """Give each point `at`, the height of its label in units of y: its own, or another where that place is taken.
 
     Labels move up until they lie on no other label and no other point, and down again where they would leave the chart,
-    where they keep clear of labels alone. Distances are those on a phone, where there is the least room.
+    where they keep clear of labels alone. Labels are as far apart as on a phone, which has the least room. Points have
+    a picture's distances: on a phone too many are in the way.
     """
     step = LABEL_HEIGHT * (y_range[1] - y_range[0]) / HEIGHT
 
-    def across(point: dict) -> float:
-        return NARROW * math.log(point["x"] / x_range[0]) / math.log(x_range[1] / x_range[0])
+    def across(point: dict, width: int = NARROW) -> float:
+        return width * math.log(point["x"] / x_range[0]) / math.log(x_range[1] / x_range[0])
 
-    def reaches(point: dict, other: dict) -> bool:
-        """Whether the label of the point ends beyond the place where the other point is."""
-        return across(other) - LETTER * len(point["series"]) < across(point) <= across(other)
+    def length(point: dict) -> int:
+        return LETTER * len(point["series"])
 
     def neighbours(point: dict, placed: list[dict]) -> list[dict]:
-        return [other for other in placed if reaches(point, other) or reaches(other, point)]
+        """Those whose labels would overlap its own at one height."""
+        return [other for other in placed if -length(other) < across(other) - across(point) < length(point)]
 
     def covered(point: dict) -> list[float]:
         """Heights of the points that its label would lie on."""
-        return sorted(other["y"] for other in points if other is not point and reaches(point, other))
+        start = across(point, WIDE) + AWAY
+        end = start + length(point)
+        return sorted(other["y"] for other in points if start - RADIUS < across(other, WIDE) < end + RADIUS)
 
     placed: list[dict] = []
     for point in sorted(points, key=lambda point: point["y"]):
