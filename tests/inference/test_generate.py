@@ -59,7 +59,7 @@ def test_a_step_is_one_graph_and_not_one_for_each_length(kind, dtype, batch):
         model.hidden_states, dynamic=True, fullgraph=True, backend=lambda graph, _: captured.append(graph) or graph
     )
     caches = [model.new_cache(batch, 21, dtype) for _ in range(2)]
-    # Sums are in another order. Over int8, the kernel of compiled steps rounds queries to 16 bits, after which a number
+    # Sums are in another order. Over int8, the kernel of compiled steps rounds queries to 15 bits, after which a number
     # of the next layer may round to another int8.
     tolerance = 0.02 if dtype == torch.int8 else 1e-4
     with torch.no_grad():
